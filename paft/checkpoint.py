@@ -1,0 +1,182 @@
+"""A model directory as named tensors that are read by row tiles, never whole.
+
+`Checkpoint.open(path)` reads the safetensors headers of a single file or of the shards that an index names, and
+checks that each file is complete. Rows are read with plain file reads, so that a 16 GB base costs no more memory than
+one tile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paft.errors import MismatchError, NotFoundError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: where its bytes lie, and its shape as a matrix.
+
+    ``rows`` by ``columns`` is the shape with all but the last dimension folded; a vector is one row.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model directory, in the order of its files and of the bytes in them."""
+
+    path: Path
+    files: tuple[Path, ...]
+    entries: dict[str, Entry]
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the headers; raises NotFoundError without weights, MismatchError for damaged or unsafe files."""
+        if not path.is_dir():
+            raise NotFoundError(f"no model directory at {path}")
+        files = _weight_files(path)
+        entries: dict[str, Entry] = {}
+        for file in files:
+            for entry in read_entries(file):
+                if entry.name in entries:
+                    raise MismatchError(f"{path} holds the tensor {entry.name} twice")
+                entries[entry.name] = entry
+        _check_index(path, entries)
+        config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        return cls(path, files, entries, config)
+
+    def tile(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop`` of a tensor, ``[rows, columns]`` in the stored float type."""
+        entry = self.entries[name]
+        size = entry.columns * (entry.nbytes // max(1, math.prod(entry.shape)))
+        buffer = bytearray((stop - start) * size)
+        if not buffer:
+            return torch.empty(stop - start, entry.columns, dtype=FLOATS[entry.dtype])
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset + start * size)
+            if stream.readinto(buffer) != len(buffer):
+                raise MismatchError(f"{entry.file} ends inside {name}", hint="copy or download it again")
+        return torch.frombuffer(buffer, dtype=FLOATS[entry.dtype]).view(stop - start, entry.columns)
+
+    def raw(self, name: str) -> bytes:
+        """All bytes of a tensor, of whatever type."""
+        entry = self.entries[name]
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.offset)
+            return stream.read(entry.nbytes)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises NotFoundError or MismatchError in one line."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{file} does not exist") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MismatchError(f"{file} is not JSON", hint="copy or download it again") from error
+    if not isinstance(value, dict):
+        raise MismatchError(f"{file} holds no JSON object")
+    return value
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the offset of its data; MismatchError where the file is not whole."""
+    broken = MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if total < 8 or length > min(total - 8, _MAX_HEADER):
+            raise broken
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise broken from error
+    if not isinstance(header, dict):
+        raise broken
+    return header, 8 + length
+
+
+def read_entries(file: Path) -> Iterator[Entry]:
+    """Every tensor of a safetensors file in the order of its bytes, which must fill the file without a gap."""
+    header, data = read_header(file)
+    try:
+        items = [
+            (name, item["dtype"], tuple(item["shape"]), *item["data_offsets"])
+            for name, item in header.items()
+            if name != "__metadata__"
+        ]
+        items.sort(key=lambda item: (item[3], item[4]))
+        position = 0
+        for name, dtype, shape, begin, end in items:
+            wrong_size = dtype in FLOATS and end - begin != math.prod(shape) * FLOATS[dtype].itemsize
+            if begin != position or wrong_size:
+                raise MismatchError(f"{file}: the header's offsets of {name} do not fit", hint="copy or download it again")
+            position = end
+            yield Entry(name, file, dtype, shape, data + begin, end - begin)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MismatchError(f"{file} has a malformed safetensors header", hint="copy or download it again") from error
+    if data + position != file.stat().st_size:
+        raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if not (path / INDEX).is_file():
+        if (path / SINGLE).is_file():
+            return (path / SINGLE,)
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+            raise MismatchError(f"{path} holds pickled weights only", hint="save the model as safetensors first")
+        raise NotFoundError(f"{path} holds no {SINGLE}", hint="name the directory of a Hugging Face model")
+    names = sorted({str(name) for name in _weight_map(path).values()})
+    for name in names:
+        if Path(name).name != name:
+            raise MismatchError(f"{path / INDEX} points outside its directory: {name}")
+        if not (path / name).is_file():
+            raise NotFoundError(f"{path / name} is missing", hint=f"{INDEX} names it; download the model again")
+    return tuple(path / name for name in names)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    found = read_json(path / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise MismatchError(f"{path / INDEX} has no weight_map")
+    return found
+
+
+def _check_index(path: Path, entries: dict[str, Entry]) -> None:
+    if not (path / INDEX).is_file():
+        return
+    for name, file in _weight_map(path).items():
+        if name not in entries or entries[name].file.name != file:
+            raise MismatchError(f"{path / INDEX} places {name} in {file}, which does not hold it")

@@ -1,0 +1,71 @@
+"""The command line: thin commands over the library, one error boundary. Importing it loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+
+from paft.errors import PaftError
+
+EPILOG = "Start with `paft run demo`. Every command: `paft COMMAND --help`."
+
+
+class Sections(click.Group):
+    """A group that lists its commands in the order of the flow, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Sections, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="paft", prog_name="paft")
+def cli() -> None:
+    """LLM post-training by merging: an L1-sparse SFT adapter and a DPO adapter, trained in parallel, merged into one model."""
+
+
+def _register() -> None:
+    from paft.cli import merge, report, system, train
+
+    for command in (system.run, train.train_sft, train.train_dpo, train.train_joint, merge.merge, merge.methods,
+                    report.sparsity_report, report.evaluate, system.recipes, system.verify):
+        cli.add_command(command)
+
+
+_register()
+
+
+def main() -> None:
+    """Entry point of ``paft``: exit codes as in `paft.errors`, one line and a hint for what a user can mend."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; a user's mistake prints one line, ``--traceback`` prints all."""
+    try:
+        cli.main(arguments, prog_name="paft", standalone_mode=False)
+        return 0
+    except PaftError as error:
+        return _fail(error.message, error.hint, error.exit_code, arguments)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "paft"
+        return _fail(error.format_message(), f"{command} --help", 2, arguments)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; nothing half-made was kept", None, 130, arguments)
+    except BrokenPipeError:
+        return 0
+    except MemoryError:
+        return _fail("out of memory", "use a smaller batch (--set trainer.per_device_train_batch_size=1)", 5, arguments)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error}".split("\n")[0],
+                     "this is a bug in paft; please report it with the output of --traceback", 1, arguments)
+
+
+def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> int:
+    if "--traceback" in arguments:
+        traceback.print_exc()
+    click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
+    return code

@@ -1,0 +1,111 @@
+"""`paft merge` and `paft methods`."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paft.cli import options
+from paft.errors import UsageError
+from paft.recipe import MergeRecipe, load
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
+@click.option("--method", metavar="NAME", help="See `paft methods`  [default: ties].")
+@click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE", help="A parameter of the method; [a, b] gives one per adapter.")
+@click.option("--weights", metavar="W,W,...", help="One weight per adapter  [default: 1 each].")
+@click.option("--base", metavar="MODEL", help="The base  [default: what the adapters name].")
+@click.option("--dialect", metavar="NAME", help="mergekit (default), paper or peft, where they differ.")
+@click.option("--dtype", help="float32, bfloat16 or float16  [default: the base's].")
+@click.option("--output-kind", type=click.Choice(["full", "lora"]), default="full", help="A whole model, or an exact adapter.")
+@click.option("--seed", type=int, help="Seed of the random methods (DARE).")
+@options.recipe_option
+@options.output_options
+@options.common
+def merge(adapters: tuple[str, ...], **given: Any) -> None:
+    """Merge adapters (or fine-tuned models) into their base.
+
+    \b
+    paft merge adapters/sft-l1 adapters/dpo --method ties -p density=0.5 -o merges/ties
+    paft merge adapters/sft adapters/dpo --method task_arithmetic --weights 1,0.8
+    paft merge adapters/sft adapters/dpo -c slerp --dry-run
+    """
+    file = options.recipe_file(given["file"])
+    flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "seed")}
+    flags |= {"adapters": list(adapters) or None, "weights": _weights(given["weights"])}
+    recipe = load(MergeRecipe, file, (*given["sets"], *(f"parameters.{item}" for item in given["parameters"])), flags)
+    if not recipe.adapters:
+        raise UsageError("no adapters to merge", hint="paft merge ADAPTER ADAPTER --method ties -o DIR")
+    out = given["out"] or Path("merges") / (file.stem if file else recipe.method)
+
+    from paft.models import quiet_libraries
+
+    quiet_libraries()
+    from paft.merge import engine
+    from paft.progress import Progress
+
+    with Progress("merge", 1, quiet=given["quiet"] or given["dry_run"]) as bar:
+        def progress(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar(done, name)
+
+        report = engine.merge(
+            recipe.adapters, base=recipe.base, method=recipe.method, parameters=recipe.parameters, weights=recipe.weights,
+            out=out, dialect=recipe.dialect, dtype=recipe.dtype, seed=recipe.seed, output_kind=given["output_kind"],
+            overwrite=given["overwrite"], dry_run=given["dry_run"], progress=progress,
+        )
+    lines = _plan_lines(report, out) if given["dry_run"] else _result_lines(report, out)
+    options.show(report, lines, as_json=given["as_json"])
+
+
+def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
+    return [f"would merge {len(plan['adapters'])} inputs by {plan['method']} into {out}: {plan['tensors']['merged']} tensors changed, "
+            f"{plan['tensors']['copied']} copied",
+            f"reads {options.size(plan['bytes']['read'])}, writes {options.size(plan['bytes']['written'])}, "
+            f"about {plan['seconds']:.0f} s and {options.size(plan['memory_bytes'])} of memory"]
+
+
+def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
+    lines = [f"{out}: {report['tensors']['merged']} tensors merged, {report['tensors']['copied']} copied, {report['wall_s']:.1f} s"]
+    kept = [f"{one['name']} {one['kept_share']:.0%}" for one in report["adapters"] if one.get("kept_share") is not None]
+    if kept:
+        lines.append("entries kept: " + ", ".join(kept)
+                     + (f"; sign conflicts {report['sign_conflicts']:.0%}" if report.get("sign_conflicts") is not None else ""))
+    if "rounding" in report:
+        lost = report["rounding"]
+        lines.append(f"after rounding to the output dtype: {lost['entries_surviving']:.1%} of the changed entries and "
+                     f"{lost['energy_surviving']:.1%} of their energy survive")
+    return [*lines, f"next: paft eval {out} --base BASE --sft-data ... --pref-data ..."]
+
+
+def _weights(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.strip("[]").split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text!r} is not a list of numbers", hint="for example --weights 1,0.5") from None
+
+
+@click.command()
+@click.argument("name", required=False)
+@options.common
+def methods(name: str | None, as_json: bool, **_: Any) -> None:
+    """List the merge methods, or explain one: equation, parameters, defaults.
+
+    \b
+    paft methods
+    paft methods ties
+    """
+    from paft.merge.methods import describe, names
+
+    found = [describe(one) for one in ([name] if name else names())]
+    if name:
+        lines = [found[0]["doc"], "", *(f"  -p {key}={value}" for key, value in found[0]["parameters"].items())]
+    else:
+        lines = [textwrap.shorten(f"{one['name']:<16} {one['summary']}", 79, placeholder="...") for one in found] + ["", "next: paft methods ties"]
+    options.show(found[0] if name else found, lines, as_json=as_json)

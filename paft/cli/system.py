@@ -1,0 +1,138 @@
+"""`paft run`, `paft recipes`, `paft verify`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paft.cli import options
+from paft.errors import MismatchError, NotFoundError
+from paft.recipe import RunRecipe, catalog, find, kind_of, load
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe, e.g. model=org/name or seed=1.")
+@click.option("--resume", is_flag=True, help="Keep finished stages whose inputs have not changed.")
+@options.output_options
+@options.common
+def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, dry_run: bool, as_json: bool,
+        quiet: bool, **_: Any) -> None:
+    """Run a pipeline: train, merge, evaluate, one table. RECIPE is `demo`, another recipe's name, or a path.
+
+    \b
+    paft run demo
+    paft run paft --set model=org/name --set data.sft=chat.jsonl --set data.pref=pairs.jsonl
+    paft run demo --set seed=1 -o merges/demo-1 --resume
+    """
+    resolved = load(RunRecipe, find(recipe), sets)
+    target = out or Path("merges") / resolved.name
+
+    from paft.models import quiet_libraries
+
+    quiet_libraries()
+    from paft import run as pipeline
+    from paft.progress import say
+
+    if dry_run:
+        plan = pipeline.plan(resolved, target)
+        options.show(plan, _plan_lines(plan), as_json=as_json)
+        return
+    say(f"paft run {resolved.name}: {len(resolved.train)} adapters, {len(resolved.merge)} merges, base {resolved.model}, "
+        f"into {target}", quiet=quiet)
+    report = pipeline.run(resolved, target, overwrite=overwrite, resume=resume, quiet=quiet)
+    if as_json:
+        options.show(report, [], as_json=True)
+    else:
+        _print_report(report, target)
+
+
+def _print_report(report: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+
+    from paft.report.headtohead import columns_of
+    from paft.report.render import print_table
+
+    console = Console(highlight=False)
+    columns = columns_of(report["rows"])
+    print_table(console, report["rows"], columns, f"{report['name']}: {report['split']} split, seed {report['seed']}", legend=True)
+    console.print("\n".join(["", *report["findings"], "One seed: small differences are noise."]), markup=False)
+    adapters = " ".join(str(out / "adapters" / name) for name in list(report["adapters"])[:3])
+    console.print(f"\n{out}: report.md, report.json, tradeoff.png, sparsity.png, adapters/, merges/  ({report['wall_s']:.0f} s)\n"
+                  f"next: paft sparsity-report {adapters}\n"
+                  f"      paft recipes show paft      # the same on your own model and data", markup=False)
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    lines = [f"would run {len(plan['train'])} trainings, {len(plan['merge'])} merges, {plan['evaluate']} evaluations into {plan['out']}"]
+    lines += [f"  train {stage['name']}" + (f" on {stage['on']}" if stage["on"] else "") + (" (kept)" if stage["done"] else "")
+              for stage in plan["train"]]
+    rows = ", ".join(f"{kind} {counts['train']} / {counts['validation']} / {counts['test']}" for kind, counts in plan["rows"].items())
+    lines.append(f"rows (train / validation / test): {rows}")
+    lines.append(f"merges: {', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")
+    return lines
+
+
+@click.group()
+def recipes() -> None:
+    """List, show and copy the recipes that ship with paft."""
+
+
+@recipes.command("ls")
+@options.common
+def recipes_ls(as_json: bool, **_: Any) -> None:
+    """Every shipped recipe with its kind and first comment line."""
+    rows = [{"name": name, "kind": kind_of(file), "about": _about(file)} for name, file in sorted(catalog().items())]
+    options.show(rows, [f"{row['name']:<16} {row['kind']:<11} {row['about']}"[:79] for row in rows]
+                 + ["", "next: paft recipes show NAME, paft recipes cp NAME"], as_json=as_json)
+
+
+def _about(file: Path) -> str:
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+@recipes.command("show")
+@click.argument("name")
+def recipes_show(name: str) -> None:
+    """Print one recipe."""
+    click.echo(find(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("cp")
+@click.argument("name")
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+def recipes_cp(name: str, target: Path | None) -> None:
+    """Copy a recipe to TARGET (default: here) to edit it."""
+    source = find(name)
+    target = target or Path(source.name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise MismatchError(f"{target} exists", hint="name another file")
+    if not target.parent.is_dir():
+        raise NotFoundError(f"there is no directory {target.parent}")
+    shutil.copyfile(source, target)
+    click.echo(f"{target}\nnext: edit it, then paft {_verb(target)} {target}")
+
+
+def _verb(file: Path) -> str:
+    kind = kind_of(file)
+    return kind if kind == "run" else f"{kind} -c"
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@options.common
+def verify(directory: Path, as_json: bool, **_: Any) -> None:
+    """Recompute the hashes in an artefact's paft.json; exit 3 if the tensors differ."""
+    from paft.provenance import verify as check
+
+    if not directory.is_dir():
+        raise NotFoundError(f"no directory {directory}")
+    differences = check(directory)
+    if differences:
+        raise MismatchError(f"{directory} is not what paft.json describes: {differences[0]}", hint="make it again, or ask its author")
+    options.show({"directory": str(directory), "ok": True}, [f"{directory}: tensors are what paft.json says"], as_json=as_json)

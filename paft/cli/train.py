@@ -1,0 +1,109 @@
+"""`paft train-sft`, `paft train-dpo`, `paft train-joint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paft.cli import options
+from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
+
+TRAINING = [
+    click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`."),
+    click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both."),
+    click.option("--l1", type=click.FloatRange(min=0), help="λ of the L1 term λ·Σ|s·B·A| (a sum, so it depends on model size)."),
+    click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
+]
+DATA = [
+    click.option("-d", "--data", metavar="DATA", help="File, directory, hub id org/name[:split], or demo:sft / demo:pref."),
+    click.option("--eval-data", metavar="DATA", help="Held-out rows; their loss never contains the penalty."),
+    click.option("--eval-fraction", type=click.FloatRange(0, 1, max_open=True), help="Hold out this share of the data instead."),
+]
+
+
+def _with(decorators: list[Any]) -> Any:
+    def wrap(command: Any) -> Any:
+        command = options.recipe_option(options.output_options(options.common(command)))
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+    return wrap
+
+
+@click.command("train-sft")
+@_with(TRAINING + DATA)
+def train_sft(**given: Any) -> None:
+    """Train an SFT adapter, sparse with --l1.
+
+    \b
+    paft train-sft --model demo --data demo:sft --l1 1e-4 -o adapters/sft-l1
+    paft train-sft -m org/name -d chat.jsonl --eval-fraction 0.1 --l1 1e-3
+    paft train-sft -c sft-l1 --set trainer.max_steps=500 --dry-run
+    """
+    _train(SftRecipe, "sft-l1" if given["l1"] else "sft", given)
+
+
+@click.command("train-dpo")
+@_with([*TRAINING, *DATA, click.option("--beta", type=click.FloatRange(min=0, min_open=True), help="β of the DPO loss  [default: 0.1].")])
+def train_dpo(**given: Any) -> None:
+    """Train a DPO adapter; the reference is the base with the adapter off.
+
+    \b
+    paft train-dpo --model demo --data demo:pref -o adapters/dpo
+    paft train-dpo -m org/name -d pairs.jsonl --beta 0.1 --eval-fraction 0.1
+    paft train-dpo -m org/name -d pairs.jsonl --on adapters/sft -o adapters/sft-dpo
+    """
+    _train(DpoRecipe, "dpo", given)
+
+
+@click.command("train-joint")
+@_with([*TRAINING,
+        click.option("--method", type=click.Choice(["mix"]), help="How the objectives share the steps  [default: mix]."),
+        click.option("--sft-data", metavar="DATA", help="Instruction data."),
+        click.option("--pref-data", metavar="DATA", help="Preference data."),
+        click.option("--lam", type=click.FloatRange(0, 1), help="λ weights DPO: λ·DPO + (1-λ)·SFT  [default: 0.5]."),
+        click.option("--beta", type=click.FloatRange(min=0, min_open=True), help="β of the DPO loss  [default: 0.1].")])
+def train_joint(**given: Any) -> None:
+    """Train both objectives in one process, to compare with.
+
+    \b
+    paft train-joint --method mix -m demo --sft-data demo:sft --pref-data demo:pref
+    """
+    _train(JointRecipe, "joint", given)
+
+
+def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
+    common = {key: given.pop(key) for key in ("file", "sets", "out", "overwrite", "dry_run", "as_json", "quiet", "traceback")}
+    file = options.recipe_file(common["file"])
+    recipe = load(kind, file, common["sets"], given)
+    out = common["out"] or Path("adapters") / (file.stem if file else name)
+
+    from paft.models import quiet_libraries
+
+    quiet_libraries()
+    from paft.train import stage
+
+    if common["dry_run"]:
+        plan = stage.plan(recipe, out, overwrite=common["overwrite"])
+        options.show(plan, _plan_lines(plan), as_json=common["as_json"])
+        return
+    manifest = stage.train(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
+    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1)), as_json=common["as_json"])
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    rows = ", ".join(f"{count} {name}" for name, count in plan["rows"].items() if count)
+    return [f"would {plan['command']} into {plan['out']}: {rows} rows; {plan['steps']} steps of {plan['batch']} rows",
+            f"adapter about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}, "
+            f"in float32 about {options.size(plan['memory_bytes'])} of memory before activations"]
+
+
+def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:
+    metrics = manifest["metrics"]
+    names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
+             "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
+    told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
+    follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
+    return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s; {told}", f"next: {follow}"]

@@ -1,0 +1,61 @@
+"""What can go wrong, as a tree; each leaf knows its exit code and carries a hint.
+
+    PaftError              1  a bug, or something nobody foresaw
+    ├── UsageError         2  the command line or a recipe is wrong
+    ├── MismatchError      3  the inputs do not fit together (base, shapes, NaN, a target that is not empty)
+    ├── NotFoundError      4  a file, model or data set is missing, offline or forbidden
+    └── ResourceError      5  the environment: disk full, no GPU, a missing extra
+
+A message is one line that names the cause; `hint` is one line that names the remedy. Nothing in here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PaftError(Exception):
+    """Base of all errors that paft raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(PaftError):
+    """The command line or a recipe is wrong."""
+
+    exit_code = 2
+
+
+class MismatchError(PaftError):
+    """The inputs are readable but do not fit together, or an output would overwrite something."""
+
+    exit_code = 3
+
+
+class NotFoundError(PaftError):
+    """A file, model or data set does not exist or cannot be reached."""
+
+    exit_code = 4
+
+
+class ResourceError(PaftError):
+    """The machine lacks something: disk, memory, a device, an optional package."""
+
+    exit_code = 5
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'?"`` or a list of what is known.
+
+    >>> did_you_mean("densty", ["density", "weight"])
+    "did you mean 'density'?"
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)

@@ -1,0 +1,175 @@
+"""Both objectives on held-out data, for any model: what SFT minimises, what DPO minimises, and what is forgotten.
+
+    sft_loss       -Σ log π(answer | prompt) / Σ answer tokens           (nats a token)
+    dpo_loss       mean of -log σ(β·Δ),  Δ = [log π/π_ref](chosen) - [log π/π_ref](rejected), summed over answer tokens
+    pref_accuracy  share of pairs with Δ > 0 (Δ = 0 counts one half, so the reference itself scores 0.5)
+    text_loss      cross-entropy on neutral text: rises when the model forgets
+    exact_match    share of greedy answers equal to the reference answer, white space aside
+    opener, fact, closer   what a programmatic judge finds in the greedy answers to preference prompts
+
+π_ref is the base for every candidate, whatever it was trained against, so that rows of one table can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paft.data import Row
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out rows of one split: SFT rows, preference rows, neutral text (each may be empty)."""
+
+    sft: list[Row]
+    pref: list[Row]
+    text: list[Row]
+
+    def head(self, rows: int | None) -> Held:
+        """At most ``rows`` of each kind."""
+        return self if rows is None else Held(self.sft[:rows], self.pref[:rows], self.text[:rows])
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores models on ``held``; ``reference`` holds the base's (chosen, rejected) log-probabilities."""
+
+    tokenizer: Any
+    held: Held
+    reference: tuple[Tensor, Tensor] | None = None
+    beta: float = 0.1
+    batch_size: int = 64
+    generate: int = 0
+    judge: str | None = None
+
+    def against(self, base: torch.nn.Module) -> Evaluator:
+        """The same evaluator with ``base`` as the DPO reference."""
+        return Evaluator(self.tokenizer, self.held, self._pairs(base), self.beta, self.batch_size, self.generate, self.judge)
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        """All metrics that the held-out rows allow, as plain floats."""
+        model.eval()
+        scores: dict[str, float] = {}
+        if self.held.sft:
+            scores["sft_loss"] = _mean_loss(self._logps(model, self.held.sft, "completion"))
+        if self.held.pref and self.reference is not None:
+            scores.update(self._preference(model))
+        if self.held.text:
+            scores["text_loss"] = _mean_loss(self._logps(model, self.held.text, "text"))
+        if self.generate:
+            scores.update(self._generated(model))
+        return {key: round(value, 6) for key, value in scores.items()}
+
+    def _preference(self, model: torch.nn.Module) -> dict[str, float]:
+        assert self.reference is not None
+        chosen, rejected = self._pairs(model)
+        margin = (chosen - self.reference[0]) - (rejected - self.reference[1])
+        accuracy = (margin > 0).double().mean() + 0.5 * (margin == 0).double().mean()
+        return {"dpo_loss": -torch.nn.functional.logsigmoid(self.beta * margin).mean().item(), "pref_accuracy": accuracy.item()}
+
+    def _pairs(self, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        return (self._logps(model, self.held.pref, "chosen")[0], self._logps(model, self.held.pref, "rejected")[0])
+
+    def _logps(self, model: torch.nn.Module, rows: list[Row], answer: str) -> tuple[Tensor, Tensor]:
+        coded = [encode(self.tokenizer, row, answer if answer in row else "text") for row in rows]
+        return answer_logps(model, coded, self.tokenizer.pad_token_id, self.batch_size)
+
+    def _generated(self, model: torch.nn.Module) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        asked = [row for row in self.held.sft if "prompt" in row]
+        if asked:
+            texts = self.answers(model, asked)
+            scores["exact_match"] = _mean(t.split() == _text(r["completion"]).split() for t, r in zip(texts, asked, strict=True))
+        if self.judge == "demo" and self.held.pref:
+            from paft.demo.judge import style
+
+            found = [style(t, r) for t, r in zip(self.answers(model, self.held.pref), self.held.pref, strict=True)]
+            scores.update({key: _mean(one[key] for one in found) for key in ("opener", "fact", "closer")})
+        return scores
+
+    @torch.no_grad()
+    def answers(self, model: Any, rows: list[Row]) -> list[str]:
+        """Greedy answers of at most ``generate`` tokens to the rows' prompts, special tokens removed."""
+        tokenizer, texts = self.tokenizer, []
+        for start in range(0, len(rows), 4 * self.batch_size):
+            prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows[start : start + 4 * self.batch_size]]
+            width = max(map(len, prompts))
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=self.generate, do_sample=False,
+                                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+            texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        return texts
+
+
+def prompt_ids(tokenizer: Any, prompt: str | list[Row]) -> list[int]:
+    """Token ids of a prompt, with the chat template's generation prompt for messages."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+
+
+def encode(tokenizer: Any, row: Row, answer: str) -> tuple[list[int], int]:
+    """(ids of prompt + answer, length of the prompt), tokenised as TRL does: the answer starts where the two diverge."""
+    if answer == "text":
+        return [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id], 1
+    prompt, reply = row["prompt"], row[answer]
+    start = prompt_ids(tokenizer, prompt)
+    if isinstance(prompt, str):
+        end = "" if reply.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        full = list(tokenizer(prompt + reply + end)["input_ids"])
+    else:
+        full = list(tokenizer.apply_chat_template(prompt + reply, tokenize=True, return_dict=True)["input_ids"])
+    length = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), min(len(start), len(full)))
+    return full, length
+
+
+@torch.no_grad()
+def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """(summed log-probability, number of tokens) of each answer, float64 on the CPU, in the order given."""
+    total, count = torch.zeros(len(coded), dtype=torch.float64), torch.zeros(len(coded), dtype=torch.float64)
+    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    for group in _batches([len(ids) for ids, _ in coded], batch_size):
+        width = min(max(len(coded[i][0]) for i in group), limit)
+        ids = torch.full((len(group), width), pad)
+        wanted = torch.zeros((len(group), width), dtype=torch.bool)
+        mask = torch.zeros((len(group), width), dtype=torch.long)
+        for row, i in enumerate(group):
+            tokens, start = coded[i]
+            tokens = tokens[:width]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            wanted[row, max(start, 1) : len(tokens)] = True
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits[:, :-1]
+        picked = wanted[:, 1:].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits[picked].float(), ids[:, 1:].to(logits.device)[picked], reduction="none")
+        rows = torch.tensor(group)[picked.nonzero()[:, 0].cpu()]
+        total.index_add_(0, rows, -loss.double().cpu())
+        count.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
+    return total, count
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, so that little is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _mean_loss(scored: tuple[Tensor, Tensor]) -> float:
+    return -(scored[0].sum() / scored[1].sum().clamp(min=1)).item()
+
+
+def _mean(values: Any) -> float:
+    values = [float(value) for value in values]
+    return sum(values) / max(len(values), 1)
+
+
+def _text(messages: str | list[Row]) -> str:
+    return messages if isinstance(messages, str) else " ".join(turn["content"] for turn in messages)

@@ -1,0 +1,63 @@
+"""Names into directories: an existing path wins, then the embedded demo bases, then a hub id `org/name[@revision]`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from paft.errors import MismatchError, NotFoundError, UsageError, did_you_mean
+
+DEMO = Path(__file__).parent / "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def demo_bases() -> dict[str, Path]:
+    """``{"demo:a": path, ...}``: the bases that ship with paft. ``demo`` alone is the first of them."""
+    return {f"demo:{path.name.removeprefix('base_')}": path for path in sorted(DEMO.glob("base_*"))}
+
+
+def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None) -> Path:
+    """The local directory of a model or adapter, fetched from the hub if need be.
+
+    ``name`` is a path, ``demo`` / ``demo:a`` / ``demo:b``, or ``org/name[@revision]``. Offline mode (``HF_HUB_OFFLINE=1``) is
+    honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise MismatchError(f"{name} is a file; a {kind} is a directory", hint="name the directory that holds it")
+    if name.split(":")[0] == "demo":
+        bases = demo_bases()
+        if name == "demo" and bases:
+            return next(iter(bases.values()))
+        if name not in bases:
+            raise UsageError(f"there is no demo base {name!r}", hint=did_you_mean(name, bases))
+        return bases[name]
+    return _download(name, kind, patterns)
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """``org/name@rev`` -> ``("org/name", "rev")``; a path that exists is left alone."""
+    if Path(name).exists() or "@" not in name:
+        return name, None
+    repo, _, revision = name.rpartition("@")
+    return repo, revision
+
+
+def _download(name: str, kind: str, patterns: list[str] | None) -> Path:
+    repo, revision = split_revision(name)
+    if not _HUB_ID.fullmatch(repo):
+        raise NotFoundError(f"no {kind} at {name}", hint="check the path; a hub id looks like org/name or org/name@revision")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
+        raise NotFoundError(f"no {kind} {name}: not a directory here, not in the hub cache, and {why}") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFoundError(f"no {kind} {name}: {reason}", hint="check the name, the revision and `hf auth login`") from error

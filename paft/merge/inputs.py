@@ -1,0 +1,98 @@
+"""What a merge starts from: names become an opened base and one `Delta` per adapter or fine-tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from paft import hub
+from paft.adapter import CONFIG, PATTERNS, Adapter, label, read_adapter
+from paft.checkpoint import Checkpoint
+from paft.delta import Delta, FullDelta, LoraDelta
+from paft.errors import MismatchError, NotFoundError, UsageError
+from paft.provenance import content_hash
+
+MODEL_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened inputs of a merge; ``adapters`` are those of them that are no full models."""
+
+    base: Checkpoint
+    base_name: str
+    deltas: list[Delta]
+    names: list[str]
+    paths: list[Path]
+    adapters: list[Adapter]
+
+    def touched(self) -> list[str]:
+        """The base's tensors that some delta changes, in the base's order."""
+        changed = {name for delta in self.deltas for name in delta.names}
+        return [name for name in self.base.entries if name in changed]
+
+
+def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
+    """Open the base and every input; ``base`` None means the one that all the adapters name.
+
+    Raises UsageError without inputs or when full models come without a base, MismatchError when adapters name
+    different bases or do not fit the base, NotFoundError for what does not exist.
+    """
+    if not names:
+        raise UsageError("nothing to merge", hint="name at least one adapter")
+    opened = [_open(name) for name in names]
+    adapters = [each for each in opened if isinstance(each, Adapter)]
+    reference = base or _common_base(adapters, len(opened))
+    directory = _find_base(reference, given=base is not None)
+    if (directory / CONFIG).is_file():
+        raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
+    checkpoint = Checkpoint.open(directory)
+    deltas: list[Delta] = [
+        LoraDelta(each, checkpoint)
+        if isinstance(each, Adapter)
+        else FullDelta(Checkpoint.open(each), checkpoint, content_hash(each))
+        for each in opened
+    ]
+    labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
+    paths = [each.path if isinstance(each, Adapter) else each for each in opened]
+    return Inputs(checkpoint, label(reference, directory), deltas, labels, paths, adapters)
+
+
+def _open(name: str) -> Adapter | Path:
+    directory = hub.resolve(name, kind="adapter", patterns=[*PATTERNS, "config.json"])
+    if (directory / CONFIG).is_file():
+        return read_adapter(name)
+    if not (directory / "config.json").is_file():
+        raise NotFoundError(f"{name} is neither an adapter nor a model: no {CONFIG}, no config.json")
+    return hub.resolve(name, kind="model", patterns=MODEL_PATTERNS)
+
+
+def _common_base(adapters: Sequence[Adapter], inputs: int) -> str:
+    if not adapters:
+        raise UsageError("a fine-tuned model needs its base to be a delta", hint="pass --base")
+    named = {_base_reference(adapter): adapter for adapter in adapters if adapter.base_model}
+    if not named:
+        raise MismatchError("the adapters do not name their base", hint="pass --base")
+    if len(named) > 1:
+        listed = ", ".join(f"{adapter.name} on {reference}" for reference, adapter in named.items())
+        raise MismatchError(f"the adapters name different bases: {listed}", hint="pass --base if one base fits them all")
+    return next(iter(named))
+
+
+def _base_reference(adapter: Adapter) -> str:
+    name = adapter.base_model or ""
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve())
+    return f"{name}@{adapter.base_revision}" if adapter.base_revision and "@" not in name else name
+
+
+def _find_base(reference: str, *, given: bool) -> Path:
+    try:
+        return hub.resolve(reference, kind="base", patterns=MODEL_PATTERNS)
+    except NotFoundError as error:
+        if given:
+            raise
+        raise NotFoundError(
+            f"the base that the adapters name, {reference}, cannot be found", hint="pass --base with its path or hub id"
+        ) from error

@@ -1,0 +1,65 @@
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet. Loads neither torch nor rich early."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+
+class Progress:
+    """Shows one long job: ``with Progress("SFT", 200) as show: show(done, "loss 0.41")``.
+
+    On a terminal a single line is redrawn; in a log a line is printed at most every ``every`` seconds. Both carry an ETA from the
+    mean rate so far.
+    """
+
+    def __init__(self, label: str, total: int, *, quiet: bool = False, every: float = 15.0) -> None:
+        self.label, self.total, self.quiet, self.every = label, max(total, 1), quiet, every
+        self.terminal = sys.stderr.isatty()
+        self.started = self.last = time.monotonic()
+        self.width = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __call__(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        due = now - self.last >= (0.1 if self.terminal else self.every)
+        if self.quiet or not (due or done >= self.total):
+            return
+        if done >= self.total and not self.terminal and now - self.started < self.every:
+            return
+        self.last = now
+        self._draw(done, now - self.started, note)
+
+    def _draw(self, done: int, spent: float, note: str) -> None:
+        eta = spent / done * (self.total - done) if done else float("nan")
+        if self.terminal:
+            filled = round(20 * done / self.total)
+            bar = "━" * filled + "╌" * (20 - filled)
+            line = f"{self.label:<26.26} {bar} {done}/{self.total}  {_clock(eta)} left  {note}"[:79]
+            sys.stderr.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        else:
+            sys.stderr.write(f"{self.label}: {done}/{self.total}, {_clock(eta)} left{', ' + note if note else ''}\n")
+        sys.stderr.flush()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self.terminal and self.width and not self.quiet:
+            sys.stderr.write("\r" + " " * self.width + "\r")
+            sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    if seconds != seconds:
+        return "?"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}:{rest:02d}"
+
+
+def say(message: str, *, quiet: bool = False) -> None:
+    """One line on stderr, unless quiet."""
+    if not quiet:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""Outputs that are complete or absent, and `paft.json`, which says how each was made.
+
+`output_dir(target)` hands out a scratch directory beside the target and moves it into place when the block ends without an
+error: a killed run leaves no directory that looks finished. `write_manifest` records command, resolved recipe, seed, versions,
+content hashes and cost; `content_hash` is the sha256 of tensor names, dtypes, shapes and bytes, so it does not change when a
+file is copied, re-sharded or its header re-ordered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from paft.errors import MismatchError, NotFoundError, ResourceError
+
+MANIFEST = "paft.json"
+SCHEMA = 1
+
+
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse a target that exists and is not an empty directory, unless ``overwrite``; raises MismatchError."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if (target.exists() or target.is_symlink()) and not overwrite:
+        raise MismatchError(f"{target} is not empty", hint="choose another -o DIR, or pass --overwrite")
+    if target.exists() and not target.is_dir():
+        raise MismatchError(f"{target} is a file, not a directory", hint="choose another -o DIR")
+    if target.exists() and target.resolve() == Path.cwd().resolve():
+        raise MismatchError(f"{target} is the current directory", hint="choose another -o DIR")
+
+
+@contextmanager
+def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a scratch directory that becomes ``target`` when the block succeeds and vanishes when it does not.
+
+    With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place.
+    """
+    check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except PermissionError as error:
+        raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
+    except OSError as error:
+        raise ResourceError(f"cannot write in {target.parent}: {error.strerror}") from error
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())
+        _replace(scratch, target)
+    except OSError as error:
+        if error.errno == 28:
+            raise ResourceError(f"disk full while writing {target}", hint="free some space; nothing was kept") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    os.rename(target, aside / "old")
+    try:
+        os.rename(scratch, target)
+    except OSError:
+        os.rename(aside / "old", target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """Every safetensors file of a model or adapter directory, sorted by name."""
+    return sorted(path.glob("*.safetensors"))
+
+
+def content_hash(path: Path) -> str:
+    """sha256 over (name, dtype, shape, bytes) of every tensor in a directory's safetensors files, in order of name."""
+    where = {name: (file, start, entry) for file in tensor_files(path) for name, start, entry in _entries(file)}
+    digest = hashlib.sha256()
+    for name in sorted(where):
+        file, start, entry = where[name]
+        begin, end = entry["data_offsets"]
+        digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            remaining = end - begin
+            while remaining and (block := stream.read(min(remaining, 1 << 22))):
+                digest.update(block)
+                remaining -= len(block)
+    return digest.hexdigest()
+
+
+def _entries(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield (name, offset of the data section, header entry) for each tensor of a safetensors file."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size - 8:
+            raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
+        header = json.loads(stream.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            yield name, 8 + length, entry
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on; absent packages are left out."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("paft", "torch", "transformers", "trl", "peft", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], seed: int | None, **extra: Any) -> dict[str, Any]:
+    """Write ``paft.json`` into ``directory`` (its tensors must be complete) and return what was written.
+
+    ``extra`` holds whatever the stage knows: ``base``, ``inputs`` (name, hash), ``metrics``, ``wall_s``.
+    """
+    manifest = {"schema": SCHEMA, "command": command, "recipe": recipe, "seed": seed, "versions": versions(),
+                "content_sha256": content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The ``paft.json`` of a directory, or None where there is none (somebody else's artefact)."""
+    file = directory / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MismatchError(f"{file} is not JSON", hint="delete it, or make the artefact again") from error
+
+
+def verify(directory: Path) -> list[str]:
+    """What differs between a directory and its ``paft.json``; an empty list means that nothing does."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise NotFoundError(f"{directory} has no {MANIFEST}", hint="only what paft made can be verified")
+    found = content_hash(directory)
+    recorded = manifest.get("content_sha256")
+    return [] if found == recorded else [f"tensors: paft.json says {str(recorded)[:12]}..., the files hash to {found[:12]}..."]

@@ -1,0 +1,1 @@
+"""recipe -> adapter: TRL's trainers, subclassed at one seam (`compute_loss`)."""

@@ -1,0 +1,29 @@
+"""DPO with the reference = the start model with the adapter off: no second model in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trl import DPOConfig, DPOTrainer
+
+from paft.data import Row, dataset
+from paft.train.options import lora_config, trainer_config
+from paft.train.penalised import Penalised
+
+if TYPE_CHECKING:
+    from paft.recipe import DpoRecipe
+
+
+class PenalisedDPOTrainer(Penalised, DPOTrainer):
+    """L = -log σ(β·(Δ_chosen - Δ_rejected)) + penalty, Δ = log π/π_ref summed over an answer's tokens (DPO, eq. 7)."""
+
+
+def build(recipe: DpoRecipe, model: Any, tokenizer: Any, rows: list[Row], eval_rows: list[Row], scratch: str) -> Any:
+    """A DPO trainer for ``recipe``; ``peft_config`` (not a PeftModel) makes TRL take the adapter-off model as reference."""
+    trainer = PenalisedDPOTrainer(
+        model=model, args=trainer_config(DPOConfig, recipe, scratch, learning_rate=5e-6, beta=recipe.beta),
+        processing_class=tokenizer, train_dataset=dataset(rows), eval_dataset=dataset(eval_rows) if eval_rows else None,
+        peft_config=lora_config(recipe.lora),
+    )
+    trainer.recipe = recipe
+    return trainer

@@ -1,0 +1,203 @@
+"""A training stage from recipe to adapter directory: data checked, trainer run, artefact complete or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from paft import hub
+from paft.adapter import concatenate, read_adapter, save_adapter
+from paft.card import adapter_card
+from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
+from paft.errors import MismatchError, UsageError
+from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
+from paft.progress import say
+from paft.provenance import check_target, output_dir, tensor_files, write_manifest
+from paft.provenance import content_hash as tensor_hash
+from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
+from paft.train.options import check_options, lora_config, trainer_config
+
+AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
+Rows = dict[str, list[Row]]
+
+
+def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """What ``train`` would do, after every check that needs no model in memory."""
+    check_target(out, overwrite=overwrite)
+    rows = _load(recipe)
+    model = _require(recipe.model, "--model")
+    base = resolve_base(model)
+    _check_trainer(recipe)
+    load_tokenizer(model, chat=_is_chat(rows))
+    adapter = _adapter_parameters(recipe, base)
+    size = sum(file.stat().st_size for file in tensor_files(base))
+    args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    clock = len(rows["pref" if "pref" in rows else "train"])
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(clock / batch) * args.num_train_epochs)
+    return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
+            "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
+            "memory_bytes": 4 * parameters(base) + 16 * adapter, "recipe": recipe.model_dump()}
+
+
+def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
+    """Trainable parameters, from a model without storage; MismatchError where ``lora.targets`` match nothing."""
+    from peft import get_peft_model
+
+    with _named_targets(recipe, skeleton(base)) as model:
+        return get_peft_model(model, lora_config(recipe.lora), low_cpu_mem_usage=True).get_nb_trainable_parameters()[0]
+
+
+@contextmanager
+def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
+    """Turn PEFT's complaint about target modules into a line that names the model's linear layers."""
+    names = linear_names(model)
+    try:
+        yield model
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}",
+                            hint="its linear layers are " + ", ".join(names)) from error
+
+
+def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, quiet: bool = False,
+          label: str | None = None) -> dict[str, Any]:
+    """Train one adapter and write it to ``out`` (PEFT format, card, `paft.json`, log.jsonl); returns the manifest.
+
+    ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
+    plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base.
+    """
+    check_target(out, overwrite=overwrite)
+    rows = _load(recipe) if rows is None else rows
+    started = time.monotonic()
+    with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
+        trainer = _build(recipe, rows, scratch)
+        kept = len(trainer.train_dataset)
+        given = len(rows["pref" if "pref" in rows else "train"])
+        if kept < given and not recipe.trainer.get("packing"):
+            say(f"note: {given - kept} of {given} rows dropped: the prompt alone fills max_length={trainer.args.max_length}")
+        _run(trainer, label or out.name, directory / "log.jsonl", quiet)
+        metrics = _metrics(trainer, bool(rows.get("eval")))
+        _save(trainer, recipe, directory)
+        manifest = write_manifest(
+            directory, command=recipe.kind, recipe=recipe.model_dump(), seed=recipe.seed, base=_base(recipe),
+            inputs={name: content_hash(found) for name, found in rows.items() if found}, metrics=metrics,
+            wall_s=round(time.monotonic() - started, 2),
+        )
+        card = adapter_card(out.name, base=recipe.model, recipe={"kind": recipe.kind, **recipe.model_dump(exclude_defaults=True)},
+                            metrics=[metrics], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    return manifest
+
+
+def _require(value: str | None, flag: str) -> str:
+    if not value:
+        raise UsageError(f"no {flag.lstrip('-').replace('-', ' ')} given", hint=f"pass {flag}, or set it in the recipe")
+    return value
+
+
+def _load(recipe: AnyRecipe) -> Rows:
+    """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
+    if isinstance(recipe, JointRecipe):
+        return {"sft": load_rows(_require(recipe.sft_data, "--sft-data"), "sft"),
+                "pref": load_rows(_require(recipe.pref_data, "--pref-data"), "pref")}
+    role = "pref" if isinstance(recipe, DpoRecipe) else "sft"
+    train = load_rows(_require(recipe.data, "--data"), role)
+    held: list[Row] = []
+    if recipe.eval_data:
+        held = load_rows(recipe.eval_data, role)
+        check_leakage({"training data": train, "evaluation data": held})
+    elif recipe.eval_fraction:
+        train, held = hold_out(train, recipe.eval_fraction)
+    return {"train": train, "eval": held}
+
+
+def _config_kind(recipe: AnyRecipe) -> Any:
+    from trl import DPOConfig, SFTConfig
+
+    return SFTConfig if isinstance(recipe, SftRecipe) else DPOConfig
+
+
+def _check_trainer(recipe: AnyRecipe) -> None:
+    check_options(_config_kind(recipe), recipe.trainer)
+
+
+def _is_chat(rows: Rows) -> bool:
+    return any(isinstance(found[0].get("prompt"), list) for found in rows.values() if found)
+
+
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
+    from transformers import set_seed
+
+    from paft.train import dpo, joint, sft
+
+    _check_trainer(recipe)
+    set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
+    name = _require(recipe.model, "--model")
+    tokenizer = load_tokenizer(name, chat=_is_chat(rows))
+    with _named_targets(recipe, load_model(name, on=recipe.on)) as model:
+        if isinstance(recipe, JointRecipe):
+            return joint.build(recipe, model, tokenizer, rows, scratch)
+        build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
+        return build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+
+
+def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
+    from transformers.trainer_callback import PrinterCallback
+
+    from paft.train.callbacks import Watch
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch(label, log, quiet=quiet))
+    trainer.train()
+
+
+def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
+    """The last logged training values and, with evaluation data, the held-out loss (never with the penalty in it)."""
+    last: dict[str, float] = {}
+    for record in trainer.state.log_history:
+        last.update({k: record[k] for k in ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss") if k in record})
+    if evaluate:
+        held = trainer.evaluate()
+        last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
+    last["steps"] = trainer.state.global_step
+    return {key: round(float(value), 6) for key, value in last.items() if math.isfinite(float(value))}
+
+
+def _save(trainer: Any, recipe: AnyRecipe, directory: Path) -> None:
+    # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer.model.save_pretrained(scratch, save_embedding_layers=False)
+        if recipe.on is None:
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                shutil.copyfile(Path(scratch) / name, directory / name)
+        else:
+            config, tensors = concatenate([read_adapter(recipe.on), read_adapter(scratch)], [1.0, 1.0])
+            save_adapter(directory, config, tensors)
+    _name_base(directory / "adapter_config.json", str(recipe.model))
+
+
+def _name_base(file: Path, model: str) -> None:
+    """Write the base as the user named it; a hub id with its revision, never a cache path."""
+    repo, revision = hub.split_revision(model)
+    config = json.loads(file.read_text())
+    config.update(base_model_name_or_path=repo, revision=revision)
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()  # PEFT writes a set in hash order
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _base(recipe: AnyRecipe) -> dict[str, Any]:
+    path = resolve_base(str(recipe.model))
+    base: dict[str, Any] = {"name": recipe.model, "content_sha256": tensor_hash(path)}
+    if recipe.on:
+        base["on"] = {"name": recipe.on, "content_sha256": tensor_hash(hub.resolve(recipe.on, kind="adapter"))}
+    return base

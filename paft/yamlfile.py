@@ -1,0 +1,88 @@
+"""A YAML mapping with the line of every key, so that an error can point at it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from paft.errors import NotFoundError, UsageError
+
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True)
+class Document:
+    """``data`` as plain Python; ``lines`` maps a key path such as ``("trainer", "max_steps")`` to its line."""
+
+    data: dict[str, Any]
+    lines: dict[tuple[str, ...], int]
+    name: str
+
+    def where(self, loc: tuple[int | str, ...]) -> str:
+        """``file:line`` of the deepest part of ``loc`` that the file contains."""
+        for depth in range(len(loc), 0, -1):
+            line = self.lines.get(tuple(str(part) for part in loc[:depth]))
+            if line:
+                return f"{self.name}:{line}"
+        return self.name
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars: ``on`` and ``no`` are words, only true / false are booleans, ``1e-3`` is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, pattern) for tag, pattern in pairs if tag not in (f"{_TAG}bool", f"{_TAG}float")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    f"{_TAG}float",
+    re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of one ``--set`` item, with the same rules as a file."""
+    return yaml.load(text, _Loader)
+
+
+def read_yaml(file: Path) -> Document:
+    """Parse a mapping; refuse duplicate keys, tags and anything that is not a mapping (UsageError with the line)."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"no recipe at {file}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotFoundError(f"cannot read {file}: {error}") from None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError(f"{file} is not a mapping of keys to values")
+        lines: dict[tuple[str, ...], int] = {}
+        _index(node, (), lines, str(file))
+        return Document(loader.construct_document(node), lines, str(file))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _index(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], name: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in lines:
+                raise UsageError(f"{name}:{key.start_mark.line + 1}: key {key.value!r} appears twice")
+            lines[here] = key.start_mark.line + 1
+            _index(value, here, lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _index(value, (*path, str(i)), lines, name)
