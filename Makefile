@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installed; the command is $(BIN)/paft"
 
 demo: $(STAMP)
-	@$(BIN)/paft run demo
+	@$(BIN)/paft run demo --resume
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from paft import data, hub
+from paft.adapter import PATTERNS
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held
-from paft.models import load_model, load_tokenizer, wrap
+from paft.models import MODEL_FILES, load_model, load_tokenizer, wrap
 from paft.progress import Progress
 
 
@@ -43,7 +44,7 @@ def score(names: list[str], *, base: str | None, sft_data: str | None, pref_data
 
 def _adapter_base(name: str) -> str | None:
     """The base that an adapter names ("" if none), or None for a whole model."""
-    config = hub.resolve(name, kind="model or adapter") / "adapter_config.json"
+    config = hub.resolve(name, kind="model or adapter", patterns=[*PATTERNS, *MODEL_FILES]) / "adapter_config.json"
     if not config.is_file():
         return None
     read = json.loads(Path(config).read_text())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +46,7 @@ def splits(spec: Splits | str, role: Role, fraction: float = 0.1) -> dict[str, l
 
     Splits that the recipe names are used as they are (a row that is in two of them is a MismatchError). A missing one is cut out
     of ``train``: ``fraction`` of the distinct prompts, chosen by the hash of the prompt, so the cut depends on the content alone
-    and rows that share a prompt stay together.
+    and rows that share a prompt, or come from one conversation, stay together.
     """
     spec = Splits(train=spec) if isinstance(spec, str) else spec
     if spec.train.startswith("demo:") and spec.validation is None and spec.test is None:
@@ -77,7 +78,8 @@ def check_leakage(found: dict[str, list[Row]]) -> None:
     for name, rows in found.items():
         for key in {json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows}:
             if seen.setdefault(key, name) != name:
-                raise MismatchError(f"the same row is in {seen[key]} and {name}: {key[:80]}...", hint="remove it from one of them")
+                raise MismatchError(f"the same row is in {seen[key]} and {name}: {key[:80]}...",
+                                    hint="remove it from one of them")
 
 
 def content_hash(rows: list[Row]) -> str:
@@ -89,13 +91,18 @@ def content_hash(rows: list[Row]) -> str:
 
 
 def _prompt_key(row: Row) -> str:
-    return json.dumps(row.get("prompt", row.get("text")), sort_keys=True, ensure_ascii=False)
+    """What a row asks; of a conversation all up to the first user turn, so that its unrolled turns stay together."""
+    asked = row.get("prompt", row.get("text"))
+    if isinstance(asked, list):
+        first = next((i for i, turn in enumerate(asked) if turn["role"] == "user"), len(asked) - 1)
+        asked = _plain(asked[: first + 1])
+    return json.dumps(asked, sort_keys=True, ensure_ascii=False)
 
 
 def _read(source: str, split: Split | None) -> list[Row]:
     if source.split(":")[0] == "demo":
         return _demo(source, split)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists():
         return _files(path)
     return _hub(source, split)
@@ -109,21 +116,28 @@ def _demo(source: str, split: Split | None) -> list[Row]:
     name, _, named = rest.partition(":")
     if name not in makers:
         raise UsageError(f"there is no demo data set {source!r}", hint=did_you_mean(source, [f"demo:{m}" for m in makers]))
-    rows = makers[name](named or split or "train")
+    named = named or split or "train"
+    if named not in world.SPLITS:
+        raise UsageError(f"{source}: the demo data have no split {named!r}", hint=did_you_mean(named, world.SPLITS))
+    rows = makers[name](named)
     return [{"text": row} if isinstance(row, str) else row for row in rows]
 
 
 def _files(path: Path) -> list[Row]:
     files = sorted(f for f in path.iterdir() if f.suffix in READERS) if path.is_dir() else [path]
     if not files or any(f.suffix not in READERS and f.suffix != ".txt" for f in files):
-        raise UsageError(f"{path} is no data file that paft reads", hint="use " + ", ".join(READERS) + " (or .txt for plain text)")
-    if path.suffix == ".txt":
-        text = path.read_text(encoding="utf-8")
-        return [{"text": block.strip()} for block in text.split("\n\n" if "\n\n" in text else "\n") if block.strip()]
-    if all(f.suffix == ".jsonl" for f in files):
-        return [row for f in files for row in _jsonl(f)]
-    from datasets import load_dataset
-
+        raise UsageError(f"{path} is no data file that paft reads", hint=f"use {', '.join(READERS)} (or .txt for plain text)")
+    if len({f.suffix for f in files}) > 1:
+        raise UsageError(f"{path} holds data files of several kinds", hint="name one of " + ", ".join(f.name for f in files[:4]))
+    try:
+        if path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8")
+            return [{"text": block.strip()} for block in text.split("\n\n" if "\n\n" in text else "\n") if block.strip()]
+        if files[0].suffix == ".jsonl":
+            return [row for f in files for row in _jsonl(f)]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    load_dataset = _loader()
     try:
         return load_dataset(READERS[files[0].suffix], data_files=[str(f) for f in files], split="train").to_list()
     except Exception as error:
@@ -148,14 +162,23 @@ def _hub(source: str, split: Split | None) -> list[Row]:
     name, _, named = source.partition(":")
     repo, revision = split_revision(name)
     if repo.startswith((".", "/", "~")) or Path(repo).suffix in READERS or repo.count("/") > 1:
-        raise NotFoundError(f"no data at {source}", hint="check the path; a hub id looks like org/name or org/name@revision:split")
-    from datasets import load_dataset
-
+        raise NotFoundError(f"no data at {source}", hint="check the path; a hub id looks like org/name[@revision][:split]")
+    load_dataset = _loader()
     try:
         return load_dataset(repo, revision=revision, split=named or split or "train").to_list()
     except Exception as error:
         raise NotFoundError(f"no data set {source}: {str(error).splitlines()[0][:150]}",
                             hint="a path that exists wins over a hub id; check spelling, split and HF_HUB_OFFLINE") from error
+
+
+def _loader() -> Callable[..., Any]:
+    """`datasets.load_dataset` without its bars and its own account of an error that we tell."""
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.utils import logging
+
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    return load_dataset
 
 
 def _normalise(rows: list[Row], role: Role, source: str) -> Iterator[Row]:
@@ -183,9 +206,12 @@ def _sft_row(row: Row) -> Iterator[Row]:
     if "messages" in row:
         turns = row["messages"]
         _check_messages(turns, "messages")
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant" and i:
-                yield {"prompt": _plain(turns[:i]), "completion": _plain([turn])}
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i]
+        if not answers:
+            raise UsageError("`messages` has no assistant turn to learn", hint="drop such rows")
+        for i in answers:
+            _check_messages(turns[: i + 1], "messages")
+            yield {"prompt": _plain(turns[:i]), "completion": _plain([turns[i]])}
         return
     if "prompt" in row:
         prompt, completion = row["prompt"], row["completion"]
@@ -197,9 +223,9 @@ def _sft_row(row: Row) -> Iterator[Row]:
 
 def _pref_row(row: Row) -> Iterator[Row]:
     chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
+    if "prompt" in row and not (isinstance(row["prompt"], str) and isinstance(chosen, list)):
         prompt = row["prompt"]
-    else:
+    else:  # with a `prompt` string beside whole conversations (UltraFeedback binarized), the conversations say it all
         prompt, chosen, rejected = _common_prompt(chosen, rejected)
     _check_answer(prompt, chosen, "chosen")
     _check_answer(prompt, rejected, "rejected")
@@ -221,6 +247,8 @@ def _common_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     length = 0
     while length < min(len(chosen), len(rejected)) - 1 and chosen[length] == rejected[length]:
         length += 1
+    if not length:
+        raise UsageError("`chosen` and `rejected` do not begin with the same message", hint="add a `prompt` column of messages")
     return chosen[:length], chosen[length:], rejected[length:]
 
 

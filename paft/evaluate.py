@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from paft.data import Row
+from paft.tokens import encode, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,18 @@ class Evaluator:
         model.eval()
         scores: dict[str, float] = {}
         if self.held.sft:
-            scores["sft_loss"] = _mean_loss(self._logps(model, self.held.sft, "completion"))
+            scores["sft_loss"] = self._mean_loss(model, self.held.sft)
         if self.held.pref and self.reference is not None:
             scores.update(self._preference(model))
         if self.held.text:
-            scores["text_loss"] = _mean_loss(self._logps(model, self.held.text, "text"))
+            scores["text_loss"] = self._mean_loss(model, self.held.text)
         if self.generate:
             scores.update(self._generated(model))
         return {key: round(value, 6) for key, value in scores.items()}
+
+    def _mean_loss(self, model: torch.nn.Module, rows: list[Row]) -> float:
+        total, count = self._logps(model, [encode(self.tokenizer, row, "completion") for row in rows])
+        return -(total.sum() / count.sum().clamp(min=1)).item()
 
     def _preference(self, model: torch.nn.Module) -> dict[str, float]:
         assert self.reference is not None
@@ -74,10 +79,14 @@ class Evaluator:
         return {"dpo_loss": -torch.nn.functional.logsigmoid(self.beta * margin).mean().item(), "pref_accuracy": accuracy.item()}
 
     def _pairs(self, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        return (self._logps(model, self.held.pref, "chosen")[0], self._logps(model, self.held.pref, "rejected")[0])
+        pairs = [(encode(self.tokenizer, row, "chosen"), encode(self.tokenizer, row, "rejected")) for row in self.held.pref]
+        # Where a token merges across the boundary in one answer only, TRL scores that token in both.
+        starts = [min(chosen[1], rejected[1]) for chosen, rejected in pairs]
+        sides = ([(pair[side][0], start) for pair, start in zip(pairs, starts, strict=True)] for side in (0, 1))
+        chosen, rejected = (self._logps(model, coded)[0] for coded in sides)
+        return chosen, rejected
 
-    def _logps(self, model: torch.nn.Module, rows: list[Row], answer: str) -> tuple[Tensor, Tensor]:
-        coded = [encode(self.tokenizer, row, answer if answer in row else "text") for row in rows]
+    def _logps(self, model: torch.nn.Module, coded: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         return answer_logps(model, coded, self.tokenizer.pad_token_id, self.batch_size)
 
     def _generated(self, model: torch.nn.Module) -> dict[str, float]:
@@ -95,10 +104,14 @@ class Evaluator:
 
     @torch.no_grad()
     def answers(self, model: Any, rows: list[Row]) -> list[str]:
-        """Greedy answers of at most ``generate`` tokens to the rows' prompts, special tokens removed."""
+        """Greedy answers of at most ``generate`` tokens to the rows' prompts, special tokens removed.
+
+        A prompt that leaves no room for them loses its beginning.
+        """
         tokenizer, texts = self.tokenizer, []
+        room = max(1, _positions(model) - self.generate)
         for start in range(0, len(rows), 4 * self.batch_size):
-            prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows[start : start + 4 * self.batch_size]]
+            prompts = [prompt_ids(tokenizer, row["prompt"])[-room:] for row in rows[start : start + 4 * self.batch_size]]
             width = max(map(len, prompts))
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -108,33 +121,18 @@ class Evaluator:
         return texts
 
 
-def prompt_ids(tokenizer: Any, prompt: str | list[Row]) -> list[int]:
-    """Token ids of a prompt, with the chat template's generation prompt for messages."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
-
-
-def encode(tokenizer: Any, row: Row, answer: str) -> tuple[list[int], int]:
-    """(ids of prompt + answer, length of the prompt), tokenised as TRL does: the answer starts where the two diverge."""
-    if answer == "text":
-        return [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id], 1
-    prompt, reply = row["prompt"], row[answer]
-    start = prompt_ids(tokenizer, prompt)
-    if isinstance(prompt, str):
-        end = "" if reply.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        full = list(tokenizer(prompt + reply + end)["input_ids"])
-    else:
-        full = list(tokenizer.apply_chat_template(prompt + reply, tokenize=True, return_dict=True)["input_ids"])
-    length = next((i for i, (a, b) in enumerate(zip(start, full, strict=False)) if a != b), min(len(start), len(full)))
-    return full, length
+def _positions(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
 
 @torch.no_grad()
 def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """(summed log-probability, number of tokens) of each answer, float64 on the CPU, in the order given."""
+    """(summed log-probability, number of tokens) of each answer, float64 on the CPU, in the order given.
+
+    Rows are cut at the model's ``max_position_embeddings``; what is cut off counts nothing.
+    """
     total, count = torch.zeros(len(coded), dtype=torch.float64), torch.zeros(len(coded), dtype=torch.float64)
-    limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    limit = _positions(model)
     for group in _batches([len(ids) for ids, _ in coded], batch_size):
         width = min(max(len(coded[i][0]) for i in group), limit)
         ids = torch.full((len(group), width), pad)
@@ -160,10 +158,6 @@ def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-
-def _mean_loss(scored: tuple[Tensor, Tensor]) -> float:
-    return -(scored[0].sum() / scored[1].sum().clamp(min=1)).item()
 
 
 def _mean(values: Any) -> float:

@@ -23,7 +23,7 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
     ``name`` is a path, ``demo`` / ``demo:a`` / ``demo:b``, or ``org/name[@revision]``. Offline mode (``HF_HUB_OFFLINE=1``) is
     honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user alone
     if path.is_dir():
         return path
     if path.exists():
@@ -48,16 +48,34 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 def _download(name: str, kind: str, patterns: list[str] | None) -> Path:
     repo, revision = split_revision(name)
-    if not _HUB_ID.fullmatch(repo):
+    if not _HUB_ID.fullmatch(repo) or ".." in repo or "--" in repo:
         raise NotFoundError(f"no {kind} at {name}", hint="check the path; a hub id looks like org/name or org/name@revision")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    # Patterns match nested files too, so that checkpoints beside the model would come along.
+    nested = ["*/*"] if patterns and not any("/" in pattern for pattern in patterns) else None
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=nested))
     except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
-        raise NotFoundError(f"no {kind} {name}: not a directory here, not in the hub cache, and {why}") from error
-    except (HfHubHTTPError, OSError) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise NotFoundError(f"no {kind} {name}: not a directory here, not in the hub cache, and {why}",
+                            hint="check the path; a hub id looks like org/name or org/name@revision") from error
+    except GatedRepoError as error:
+        raise NotFoundError(f"{repo} is gated",
+                            hint=f"accept its terms at huggingface.co/{repo}, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(f"no {kind} {name}: neither a directory here nor a repository that you may read on the hub",
+                            hint="check the spelling; for a private one, `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(f"{repo} has no revision {revision!r}", hint=f"see huggingface.co/{repo}/commits/main") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise NotFoundError(f"no {kind} {name}: {reason}", hint="check the name, the revision and `hf auth login`") from error

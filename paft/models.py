@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as stdlib_logging
 import os
 import warnings
 from pathlib import Path
@@ -44,6 +45,7 @@ def quiet_libraries() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(free_cores())
     logging.set_verbosity_error()
+    stdlib_logging.getLogger("trl").setLevel(stdlib_logging.ERROR)  # paft says in a line what matters of its warnings
     logging.disable_progress_bar()
 
 
@@ -92,13 +94,22 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32") -> P
     Raises NotFoundError / MismatchError for what is missing or does not fit.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = resolve_base(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True,
+                                                           output_loading_info=True)
     except (OSError, ValueError) as error:
         raise NotFoundError(f"cannot load {name}: {_first_line(error)}") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise MismatchError(f"cannot load {name}: {_first_line(error)}", hint="copy or download it again") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        # transformers would draw them at random and say so in a log that nobody reads.
+        raise MismatchError(f"{name} lacks tensors that its config asks for: {', '.join(sorted(info['missing_keys'])[:3])}",
+                            hint="copy or download it again")
     model = model.to(device())  # type: ignore[arg-type]
     if on is not None:
         model = wrap(model, on).merge_and_unload()
@@ -122,21 +133,24 @@ def parameters(path: Path) -> int:
 def wrap(model: PreTrainedModel, adapter: str | Path) -> Any:
     """``model`` with a trained adapter on it, frozen: plain `PeftModel.from_pretrained`."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     path = hub.resolve(str(adapter), kind="adapter")
     if not (path / "adapter_config.json").is_file():
         raise NotFoundError(f"{adapter} is no adapter: it has no adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, str(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise MismatchError(f"{adapter} does not fit this base: {_first_line(error)}") from error
 
 
 def linear_names(model: Module) -> list[str]:
     """Suffixes of the modules that ``all-linear`` would target, for messages."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = (torch.nn.Linear, Conv1D)
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, linear)}
     return sorted(names - {"lm_head"})
 
 

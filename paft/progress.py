@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet. Loads neither torch nor rich early."""
+"""Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet. Loads neither torch nor rich."""
 
 from __future__ import annotations
 

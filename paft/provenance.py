@@ -28,15 +28,17 @@ SCHEMA = 1
 
 
 def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Refuse a target that exists and is not an empty directory, unless ``overwrite``; raises MismatchError."""
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if (target.exists() or target.is_symlink()) and not overwrite:
-        raise MismatchError(f"{target} is not empty", hint="choose another -o DIR, or pass --overwrite")
-    if target.exists() and not target.is_dir():
+    """Refuse a target that exists and is not an empty directory, unless ``overwrite``; raises MismatchError.
+
+    The current directory and what lies above it are refused always: replacing them would delete more than an artefact.
+    """
+    if target.is_dir():
+        if Path.cwd().resolve().is_relative_to(target.resolve()):
+            raise MismatchError(f"{target} is the current directory, or above it", hint="choose another -o DIR")
+        if not overwrite and any(target.iterdir()):
+            raise MismatchError(f"{target} is not empty", hint="choose another -o DIR, or pass --overwrite")
+    elif target.exists() or target.is_symlink():
         raise MismatchError(f"{target} is a file, not a directory", hint="choose another -o DIR")
-    if target.exists() and target.resolve() == Path.cwd().resolve():
-        raise MismatchError(f"{target} is the current directory", hint="choose another -o DIR")
 
 
 @contextmanager
@@ -46,6 +48,7 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place.
     """
     check_target(target, overwrite=overwrite)
+    target = Path(os.path.normpath(target))  # a last part that is a name, for the scratch directory beside it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -80,6 +83,24 @@ def _replace(scratch: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def set_aside(target: Path, *, aside: bool = True) -> Iterator[None]:
+    """For outputs that grow in place: the old ``target`` is moved aside, removed if the block succeeds, put back if it fails."""
+    if not (aside and target.exists()):
+        yield
+        return
+    keep = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / target.name
+    os.rename(target, keep)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(keep, target)
+        raise
+    finally:
+        shutil.rmtree(keep.parent, ignore_errors=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -109,15 +130,20 @@ def content_hash(path: Path) -> str:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield (name, offset of the data section, header entry) for each tensor of a safetensors file."""
+    """Yield (name, offset of the data section, header entry) for each tensor; MismatchError for a broken or cut file."""
+    size, found = file.stat().st_size, []
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size - 8:
-            raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
-        header = json.loads(stream.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, 8 + length, entry
+        try:
+            header = json.loads(stream.read(length)) if length <= size - 8 else None
+            found = [(name, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"]  # type: ignore[union-attr]
+            whole = all(entry["dtype"] and 0 <= entry["data_offsets"][0] <= entry["data_offsets"][1] <= size - 8 - length
+                        and isinstance(entry["shape"], list) for _, _, entry in found)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            whole = False
+    if not whole:
+        raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
+    yield from found
 
 
 def versions() -> dict[str, str]:
@@ -155,9 +181,12 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise MismatchError(f"{file} is not JSON", hint="delete it, or make the artefact again") from error
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise MismatchError(f"{file} is not a JSON object", hint="delete it, or make the artefact again")
+    return manifest
 
 
 def verify(directory: Path) -> list[str]:

@@ -17,9 +17,9 @@ from paft.yamlfile import Document, parse_scalar, read_yaml
 
 
 class Strict(BaseModel):
-    """A recipe node: unknown keys are errors, values do not change after loading."""
+    """A recipe node: unknown keys are errors, ``true`` is no number, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -110,7 +110,7 @@ class RunData(Strict):
 
 
 class RunMerge(Strict):
-    """One merge of a run. ``like`` names the adapter whose density or norm the first delta is brought to (the controls)."""
+    """One merge of a run. ``density_like`` / ``norm_like``: bring the first delta to that adapter's density or norm."""
 
     of: list[str]
     method: str
@@ -155,7 +155,7 @@ class RunRecipe(Strict):
     """A pipeline: train, merge, evaluate, report (`paft.run`)."""
 
     kind: Literal["run"] = "run"
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # a directory under merges/
     model: str
     seed: int = 0
     data: RunData
@@ -183,13 +183,14 @@ def load(kind: type[R], file: Path | None, sets: tuple[str, ...] = (), flags: di
     expected = kind.model_fields["kind"].default
     if declared is not None and declared != expected:
         raise UsageError(f"{document.name} is a {declared!r} recipe; this command takes {expected!r}",
-                         hint=f"use `paft {declared} ...`" if declared in KINDS else did_you_mean(str(declared), KINDS))
+                         hint=f"use `paft {declared} ...`" if str(declared) in KINDS else did_you_mean(str(declared), KINDS))
     data = document.data
     for item in sets:
-        _assign(data, item)
+        _assign(document, item)
     for key, value in (flags or {}).items():
         if value is not None:
             data[key] = value
+            document.lines[(key,)] = "--" + key.replace("_", "-")
     return validate(kind, data, document)
 
 
@@ -203,49 +204,74 @@ def validate(kind: type[R], data: dict[str, Any], document: Document | None = No
 
 def kind_of(file: Path) -> str:
     """The ``kind`` a recipe file declares; raises UsageError when it declares none that paft knows."""
-    declared = read_yaml(file).data.get("kind")
+    declared = str(read_yaml(file).data.get("kind"))
     if declared not in KINDS:
         raise UsageError(f"{file} declares no known kind ({declared!r})", hint="kind: one of " + ", ".join(KINDS))
     return declared
 
 
-def _assign(data: dict[str, Any], item: str) -> None:
+def _assign(document: Document, item: str) -> None:
     """Apply one ``--set a.b=value``; the value is read as YAML, so ``1e-3`` is a number and ``[1, 2]`` a list."""
     key, equals, text = item.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UsageError(f"--set {item!r} is not key=value", hint="for example --set trainer.max_steps=100")
-    node = data
-    *parents, last = key.split(".")
+    node = document.data
+    *parents, last = path = key.split(".")
     for part in parents:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
-            raise UsageError(f"--set {key}: {part!r} is not a section")
+            raise UsageError(f"--set {key}: {part!r} is a value, not a section", hint=f"set {part} itself, or leave it out")
     node[last] = parse_scalar(text)
+    for known in [known for known in document.lines if known[: len(path)] == tuple(path)]:
+        del document.lines[known]
+    document.lines[tuple(path)] = f"--set {item}"
 
 
 def _explain(kind: type[Strict], error: ValidationError, document: Document) -> UsageError:
-    first = error.errors()[0]
-    loc = tuple(part for part in first["loc"])
-    where = document.where(loc)
-    path = ".".join(str(part) for part in loc)
+    """The first complaint in one line, a misspelt key before its absence; all missing keys at once."""
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first = errors[0]
+    loc, _ = _walk(kind, first["loc"])
+    path, where = ".".join(map(str, loc)), document.where(loc)
     if first["type"] == "extra_forbidden":
-        return UsageError(f"{where}: unknown key {path!r}", hint=did_you_mean(str(loc[-1]), _keys_at(kind, loc[:-1])))
+        return UsageError(f"{where}: unknown key {path!r}", hint=did_you_mean(str(loc[-1]), _keys_at(kind, first["loc"][:-1])))
     if first["type"] == "missing":
-        return UsageError(f"{where}: {path!r} is missing", hint=f"add {path}: ... to the recipe, or --set {path}=...")
-    return UsageError(f"{where}: {path or 'recipe'}: {first['msg'].lower()}, got {first.get('input')!r}"[:300])
+        missing = [".".join(map(str, _walk(kind, e["loc"])[0])) for e in errors if e["type"] == "missing"]
+        verb = "is" if len(missing) == 1 else "are"
+        return UsageError(f"{where}: {', '.join(missing)} {verb} missing", hint=" ".join(f"--set {name}=..." for name in missing))
+    sections = ("model_type", "dict_type", "model_attributes_type")
+    said = "should be a section of keys and values" if first["type"] in sections else first["msg"][0].lower() + first["msg"][1:]
+    return UsageError(f"{where}: {path or 'recipe'}: {said}, got {first.get('input')!r}"[:300])
+
+
+def _walk(kind: Any, loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
+    """(``loc`` without the names that pydantic adds for the members of a union, the type it leads to or None)."""
+    clean: list[int | str] = []
+    for part in loc:
+        members = [one for one in get_args(kind) if one is not types.NoneType] if _is_union(kind) else []
+        if len(members) > 1:
+            kind = next((one for one in members if getattr(one, "__name__", "") == part), members[-1])
+            continue
+        kind = members[0] if members else kind
+        clean.append(part)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = field.annotation if field else None
+        else:
+            kind = get_args(kind)[-1] if get_args(kind) else None
+    return tuple(clean), kind
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
 
 
 def _keys_at(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the node at ``loc`` would accept."""
-    for part in loc:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[str(part)].annotation
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        if get_origin(kind) in (Union, types.UnionType):
-            nodes = [a for a in get_args(kind) if isinstance(a, type) and issubclass(a, BaseModel)]
-            kind = nodes[0] if nodes else kind
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+    found = _walk(kind, loc)[1]
+    return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
 
 
 def catalog() -> dict[str, Path]:

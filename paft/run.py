@@ -9,24 +9,23 @@ the hashes that its `paft.json` records is kept; anything else is made again.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from paft import data, provenance
-from paft.adapter import read_adapter
-from paft.errors import UsageError, did_you_mean
+from paft.adapter import concatenate, read_adapter, save_adapter
 from paft.evaluate import Evaluator, Held
 from paft.merge.engine import merge
 from paft.models import load_model, load_tokenizer, resolve_base, wrap
 from paft.progress import Progress, say
-from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Splits, validate
+from paft.recipe import RunRecipe
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
+from paft.runplan import check, stage_recipe
 from paft.train.stage import train
 
 Rows = dict[str, list[data.Row]]
@@ -63,6 +62,12 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     job = Run(recipe, out, quiet)
     started = time.monotonic()
     _read_data(job)
+    with provenance.set_aside(out, aside=overwrite and not resume):
+        return _execute(job, started)
+
+
+def _execute(job: Run, started: float) -> dict[str, Any]:
+    recipe, out = job.recipe, job.out
     out.mkdir(parents=True, exist_ok=True)
     _train_all(job)
     _merge_all(job)
@@ -73,23 +78,6 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                               wall_s=round(time.monotonic() - started, 1))
     return write_report(out, recipe, scores, {name: sparsity(read_adapter(job.adapter(name))) for name in recipe.train},
                         wall_s=round(time.monotonic() - started, 1))
-
-
-def check(recipe: RunRecipe) -> None:
-    """UsageError for stage names that are unsafe, unknown, or defined after they are needed."""
-    known: list[str] = []
-    for name, stage in recipe.train.items():
-        _check_name(name)
-        if stage.on and stage.on not in known:
-            raise UsageError(f"train.{name}.on: there is no earlier stage {stage.on!r}", hint=did_you_mean(stage.on, known))
-        known.append(name)
-    for name, entry in recipe.merge.items():
-        _check_name(name)
-        if name in recipe.train:
-            raise UsageError(f"merge.{name}: a training stage has the same name")
-        for source in [*entry.of, *filter(None, (entry.density_like, entry.norm_like))]:
-            if source not in known:
-                raise UsageError(f"merge.{name}: there is no training stage {source!r}", hint=did_you_mean(source, known))
 
 
 def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
@@ -104,11 +92,6 @@ def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
             "merge": list(recipe.merge), "evaluate": 1 + len(recipe.train) + len(recipe.merge)}
 
 
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UsageError(f"{name!r} cannot be a stage's name", hint="use letters, digits, dot, dash and underscore")
-
-
 def _read_data(job: Run) -> None:
     spec = job.recipe.data
     job.sft, job.pref = data.splits(spec.sft, "sft"), data.splits(spec.pref, "pref")
@@ -116,23 +99,6 @@ def _read_data(job: Run) -> None:
         split = job.recipe.evaluate.split
         job.text = data.load_rows(spec.text, "text", split if spec.text.startswith("demo:") else None)
     job.base_hash = provenance.content_hash(resolve_base(job.recipe.model))
-
-
-def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoRecipe | JointRecipe:
-    """The full recipe of one training stage: the defaults of its objective, then what the stage says."""
-    stage = recipe.train[name]
-    base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
-    said = {key: value for key, value in (("l1", stage.l1), ("l2", stage.l2), ("lam", stage.lam)) if value is not None}
-    said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
-    said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
-    return validate(type(base), base.model_dump() | said)
-
-
-def _sources(recipe: RunRecipe, objective: str) -> dict[str, str]:
-    first = {role: spec.train if isinstance(spec, Splits) else spec
-             for role, spec in (("sft", recipe.data.sft), ("pref", recipe.data.pref))}
-    return {"sft": {"data": first["sft"]}, "dpo": {"data": first["pref"]},
-            "joint": {"sft_data": first["sft"], "pref_data": first["pref"]}}[objective]
 
 
 def _rows(job: Run, objective: str) -> Rows:
@@ -152,12 +118,12 @@ def _is_done(job: Run, name: str) -> bool:
     before = provenance.read_manifest(Path(stage.on)) if stage.on else None
     on = manifest["base"].get("on", {}).get("content_sha256")
     return (same and manifest["inputs"] == rows and manifest["base"]["content_sha256"] == job.base_hash
-            and on == (before or {}).get("content_sha256"))
+            and on == (before or {}).get("content_sha256") and not provenance.verify(job.adapter(name)))
 
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the paths that only say where this run lies; content is compared by hash."""
-    return {key: value for key, value in recipe.items() if key not in ("model", "on")}
+    """A recipe without the paths that only say where things lie; their content is compared by hash."""
+    return {key: value for key, value in recipe.items() if key not in ("model", "on", "data", "sft_data", "pref_data")}
 
 
 def _train_all(job: Run) -> None:
@@ -183,48 +149,71 @@ def _minutes(seconds: float) -> str:
 def _merge_all(job: Run) -> None:
     with Progress("merge", len(job.recipe.merge), quiet=job.quiet) as show:
         for done, (name, entry) in enumerate(job.recipe.merge.items(), 1):
-            parameters, weights = _controls(job, entry)
-            merge([str(job.adapter(source)) for source in entry.of], base=job.recipe.model, method=entry.method,
-                  parameters=parameters, weights=weights, out=job.merged(name), dtype=job.recipe.merge_dtype,
-                  seed=job.recipe.seed, overwrite=True)
+            sources = [job.adapter(source) for source in entry.of]
+            if entry.norm_like:
+                sources[0] = _rescaled(job, entry.of[0], entry.norm_like)
+            parameters = dict(entry.parameters)
+            if entry.density_like:
+                kept = 1.0 - sparsity(read_adapter(job.adapter(entry.density_like))).overall.moments.share_scaled
+                parameters["density"] = [max(kept, 1e-6), *[1.0] * (len(entry.of) - 1)]
+            key = _key([entry.method, parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
+                       *map(provenance.content_hash, sources))
+            note = job.merged(name) / "run.key"
+            if not (note.is_file() and note.read_text() == key and not provenance.verify(note.parent)):
+                merge([str(source) for source in sources], base=job.recipe.model, method=entry.method, parameters=parameters,
+                      weights=entry.weights, out=job.merged(name), dtype=job.recipe.merge_dtype, seed=job.recipe.seed,
+                      overwrite=True)
+                note.write_text(key)
             show(done, name)
 
 
-def _controls(job: Run, entry: RunMerge) -> tuple[dict[str, Any], list[float] | None]:
-    """Parameters and weights of a merge, with ``density_like`` and ``norm_like`` turned into numbers for its first delta."""
-    parameters, weights = dict(entry.parameters), entry.weights
-    if entry.density_like:
-        kept = 1.0 - sparsity(read_adapter(job.adapter(entry.density_like))).overall.moments.share_scaled
-        parameters["density"] = [max(kept, 1e-6), *[1.0] * (len(entry.of) - 1)]
-    if entry.norm_like:
-        norms = [sparsity(read_adapter(job.adapter(name))).overall.moments.frobenius for name in (entry.norm_like, entry.of[0])]
-        weights = list(weights or [1.0] * len(entry.of))
-        weights[0] *= norms[0] / norms[1] if norms[1] else 0.0
-    return parameters, weights
+def _rescaled(job: Run, name: str, like: str) -> Path:
+    """The adapter ``name`` times the number that gives it the Frobenius norm of ``like``, as an adapter of its own."""
+    norms = [sparsity(read_adapter(job.adapter(one))).overall.moments.frobenius for one in (like, name)]
+    factor = norms[0] / norms[1] if norms[1] else 0.0
+    target = job.out / "rescaled" / f"{name}-as-{like}"
+    with provenance.output_dir(target, overwrite=True) as directory:
+        config, tensors = concatenate([read_adapter(job.adapter(name))], [factor])
+        save_adapter(directory, config, tensors)
+        provenance.write_manifest(directory, command="run", recipe={"of": name, "norm_like": like, "factor": factor}, seed=None)
+    return target
 
 
 def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
-    recipe = job.recipe
-    split = recipe.evaluate.split
-    held = Held(job.sft[split], job.pref[split], job.text).head(recipe.evaluate.rows)
-    base = load_model(recipe.model)
-    tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list))
+    """Scores of every candidate on the recipe's split; those in scores.json with the same content are not computed again."""
+    recipe, said = job.recipe, job.recipe.evaluate
+    held = Held(job.sft[said.split], job.pref[said.split], job.text).head(said.rows)
+    store = job.out / "scores.json"
+    cache = json.loads(store.read_text()) if store.is_file() else {}
     beta = recipe.defaults.dpo.beta
-    score = Evaluator(tokenizer, held, None, beta, recipe.evaluate.batch_size, recipe.evaluate.generate, recipe.evaluate.judge)
-    score = score.against(base)
-    scores: dict[str, dict[str, float]] = {}
-    total = 1 + len(recipe.train) + len(recipe.merge)
-    with Progress("evaluate", total, quiet=job.quiet) as show:
-        for name, model in _candidates(job, base):
-            scores[name] = score(model)
-            show(len(scores), name)
-    return scores
+    context = [said.model_dump(), beta, job.base_hash, *map(data.content_hash, vars(held).values())]
+    keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
+    if not cache.keys() >= set(keys.values()):
+        base = load_model(recipe.model)
+        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list))
+        score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, said.judge).against(base)
+        with Progress("evaluate", len(keys), quiet=job.quiet) as show:
+            for done, (name, key) in enumerate(keys.items(), 1):
+                if key not in cache:
+                    cache[key] = score(_load(job, name, base))
+                    store.write_text(json.dumps({key: cache[key] for key in keys.values() if key in cache}, indent=1))
+                show(done, name)
+    return {name: cache[key] for name, key in keys.items()}
 
 
-def _candidates(job: Run, base: Any) -> Iterator[tuple[str, Any]]:
-    """The base, then every adapter on it, then every merged model; one of them in memory beside the base."""
-    yield "base", base
-    for name in job.recipe.train:
-        yield name, wrap(load_model(job.recipe.model), job.adapter(name))
-    for name in job.recipe.merge:
-        yield name, load_model(str(job.merged(name)))
+def _key(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _candidates(job: Run) -> dict[str, Path]:
+    """Everything the table has a row for: the base, then every adapter, then every merged model."""
+    return {"base": resolve_base(job.recipe.model), **{name: job.adapter(name) for name in job.recipe.train},
+            **{name: job.merged(name) for name in job.recipe.merge}}
+
+
+def _load(job: Run, name: str, base: Any) -> Any:
+    if name == "base":
+        return base
+    if name in job.recipe.train:
+        return wrap(load_model(job.recipe.model), job.adapter(name))
+    return load_model(str(job.merged(name)))

@@ -16,31 +16,35 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True)
 class Document:
-    """``data`` as plain Python; ``lines`` maps a key path such as ``("trainer", "max_steps")`` to its line."""
+    """``data`` as plain Python; ``lines`` maps a key path such as ``("trainer", "max_steps")`` to its line, or to the flag
+    that set it."""
 
     data: dict[str, Any]
-    lines: dict[tuple[str, ...], int]
+    lines: dict[tuple[str, ...], int | str]
     name: str
 
     def where(self, loc: tuple[int | str, ...]) -> str:
-        """``file:line`` of the deepest part of ``loc`` that the file contains."""
+        """``file:line`` or the flag of the deepest part of ``loc`` that was given."""
         for depth in range(len(loc), 0, -1):
             line = self.lines.get(tuple(str(part) for part in loc[:depth]))
             if line:
-                return f"{self.name}:{line}"
+                return line if isinstance(line, str) else f"{self.name}:{line}"
         return self.name
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars: ``on`` and ``no`` are words, only true / false are booleans, ``1e-3`` is a number."""
+    """SafeLoader with YAML 1.2's scalars: ``on`` and ``no`` are words, only true / false are booleans, ``1e-3`` is a number,
+    ``1:30`` and ``2026-11-21`` are text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
-        first: [(tag, pattern) for tag, pattern in pairs if tag not in (f"{_TAG}bool", f"{_TAG}float")]
+        first: [(tag, pattern) for tag, pattern in pairs if tag.removeprefix(_TAG) not in ("bool", "int", "float", "timestamp")]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 _Loader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+# No leading zero: PyYAML would read it as octal, YAML 1.2 as decimal; text is what neither side misreads.
+_Loader.add_implicit_resolver(f"{_TAG}int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     f"{_TAG}float",
     re.compile(r"^[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
@@ -49,8 +53,11 @@ _Loader.add_implicit_resolver(
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of one ``--set`` item, with the same rules as a file."""
-    return yaml.load(text, _Loader)
+    """The value of one ``--set`` item, with the same rules as a file; UsageError where it is no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{text!r} is not valid YAML: {_problem(error)}", hint="quote it: key='\"text\"'") from None
 
 
 def read_yaml(file: Path) -> Document:
@@ -66,16 +73,22 @@ def read_yaml(file: Path) -> Document:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{file} is not a mapping of keys to values")
-        lines: dict[tuple[str, ...], int] = {}
+        lines: dict[tuple[str, ...], int | str] = {}
         _index(node, (), lines, str(file))
         return Document(loader.construct_document(node), lines, str(file))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise UsageError(f"{file}{line}: not valid YAML: {_problem(error)}") from None
+    except RecursionError:
+        raise UsageError(f"{file}: an alias contains itself, or the nesting is too deep") from None
 
 
-def _index(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int], name: str) -> None:
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _index(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int | str], name: str) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))

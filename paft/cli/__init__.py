@@ -9,6 +9,7 @@ import click
 
 from paft.errors import PaftError
 
+SMALLER = "use a smaller batch (--set trainer.per_device_train_batch_size=1)"
 EPILOG = "Start with `paft run demo`. Every command: `paft COMMAND --help`."
 
 
@@ -44,22 +45,33 @@ def main() -> None:
 def invoke(arguments: list[str]) -> int:
     """Run one command line and return its exit code; a user's mistake prints one line, ``--traceback`` prints all."""
     try:
-        cli.main(arguments, prog_name="paft", standalone_mode=False)
-        return 0
+        code = cli.main(arguments, prog_name="paft", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except PaftError as error:
         return _fail(error.message, error.hint, error.exit_code, arguments)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "paft"
         return _fail(error.format_message(), f"{command} --help", 2, arguments)
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; nothing half-made was kept", None, 130, arguments)
+        hint = "the same command with --resume keeps the finished stages" if arguments[:1] == ["run"] else None
+        return _fail("interrupted; nothing half-made was kept", hint, 130, arguments)
     except BrokenPipeError:
         return 0
     except MemoryError:
-        return _fail("out of memory", "use a smaller batch (--set trainer.per_device_train_batch_size=1)", 5, arguments)
+        return _fail("out of memory", SMALLER, 5, arguments)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would cost a second
+            return _fail(f"out of memory: {error}", SMALLER, 5, arguments)
+        if isinstance(error, OSError) and error.filename is not None:
+            missing = isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError)
+            code = 4 if missing else 3 if isinstance(error, FileExistsError) else 5
+            return _fail(f"{error.filename}: {(error.strerror or str(error)).lower()}", None, code, arguments)
         return _fail(f"{type(error).__name__}: {error}".split("\n")[0],
                      "this is a bug in paft; please report it with the output of --traceback", 1, arguments)
 
@@ -67,5 +79,8 @@ def invoke(arguments: list[str]) -> int:
 def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> int:
     if "--traceback" in arguments:
         traceback.print_exc()
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[K", err=True, nl=False)  # whatever bar stands there
+    message = " ".join(message.split())
     click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,35 @@ from paft.recipe import MergeRecipe, load
 @click.command()
 @click.argument("adapters", nargs=-1, metavar="ADAPTER...")
 @click.option("--method", metavar="NAME", help="See `paft methods`  [default: ties].")
-@click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE", help="A parameter of the method; [a, b] gives one per adapter.")
+@click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE",
+              help="A parameter of the method; [a, b] gives one per adapter.")
 @click.option("--weights", metavar="W,W,...", help="One weight per adapter  [default: 1 each].")
+@options.out_option
 @click.option("--base", metavar="MODEL", help="The base  [default: what the adapters name].")
-@click.option("--dialect", metavar="NAME", help="mergekit (default), paper or peft, where they differ.")
-@click.option("--dtype", help="float32, bfloat16 or float16  [default: the base's].")
-@click.option("--output-kind", type=click.Choice(["full", "lora"]), default="full", help="A whole model, or an exact adapter.")
-@click.option("--seed", type=int, help="Seed of the random methods (DARE).")
+@click.option("--dialect", metavar="NAME", help="mergekit, paper or peft, where they differ  [default: mergekit].")
+@click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [default: the base's].")
+@click.option("--output-kind", type=click.Choice(["full", "lora"]), default="full", show_default=True,
+              help="A whole model, or an exact adapter.")
 @options.recipe_option
-@options.output_options
+@options.set_option("parameters.lambda=0.8")
+@click.option("--seed", type=int, help="Seed of the random methods (DARE).")
+@options.dry_run
+@options.overwrite
 @options.common
 def merge(adapters: tuple[str, ...], **given: Any) -> None:
     """Merge adapters (or fine-tuned models) into their base.
 
     \b
-    paft merge adapters/sft-l1 adapters/dpo --method ties -p density=0.5 -o merges/ties
+    paft merge adapters/sft-l1 adapters/dpo --method ties -p density=0.5
     paft merge adapters/sft adapters/dpo --method task_arithmetic --weights 1,0.8
     paft merge adapters/sft adapters/dpo -c slerp --dry-run
     """
     file = options.recipe_file(given["file"])
     flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "seed")}
     flags |= {"adapters": list(adapters) or None, "weights": _weights(given["weights"])}
+    for item in given["parameters"]:
+        if not item.partition("=")[0] or "=" not in item:
+            raise UsageError(f"-p {item!r} is not name=value", hint="for example -p density=0.5")
     recipe = load(MergeRecipe, file, (*given["sets"], *(f"parameters.{item}" for item in given["parameters"])), flags)
     if not recipe.adapters:
         raise UsageError("no adapters to merge", hint="paft merge ADAPTER ADAPTER --method ties -o DIR")
@@ -63,14 +70,15 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
-    return [f"would merge {len(plan['adapters'])} inputs by {plan['method']} into {out}: {plan['tensors']['merged']} tensors changed, "
-            f"{plan['tensors']['copied']} copied",
+    return [f"would merge {len(plan['recipe']['adapters'])} inputs by {plan['recipe']['method']} into {out}",
+            f"{plan['tensors']['merged']} tensors changed, {plan['tensors']['copied']} copied",
             f"reads {options.size(plan['bytes']['read'])}, writes {options.size(plan['bytes']['written'])}, "
             f"about {plan['seconds']:.0f} s and {options.size(plan['memory_bytes'])} of memory"]
 
 
 def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
-    lines = [f"{out}: {report['tensors']['merged']} tensors merged, {report['tensors']['copied']} copied, {report['wall_s']:.1f} s"]
+    count = report["tensors"]
+    lines = [f"{out}: {count['merged']} tensors merged, {count['copied']} copied, {report['wall_s']:.1f} s"]
     kept = [f"{one['name']} {one['kept_share']:.0%}" for one in report["adapters"] if one.get("kept_share") is not None]
     if kept:
         lines.append("entries kept: " + ", ".join(kept)
@@ -95,7 +103,7 @@ def _weights(text: str | None) -> list[float] | None:
 @click.argument("name", required=False)
 @options.common
 def methods(name: str | None, as_json: bool, **_: Any) -> None:
-    """List the merge methods, or explain one: equation, parameters, defaults.
+    """List the merge methods, or explain one.
 
     \b
     paft methods
@@ -107,5 +115,5 @@ def methods(name: str | None, as_json: bool, **_: Any) -> None:
     if name:
         lines = [found[0]["doc"], "", *(f"  -p {key}={value}" for key, value in found[0]["parameters"].items())]
     else:
-        lines = [textwrap.shorten(f"{one['name']:<16} {one['summary']}", 79, placeholder="...") for one in found] + ["", "next: paft methods ties"]
+        lines = [*options.hang([(one["name"], one["summary"]) for one in found]), "", "next: paft methods ties"]
     options.show(found[0] if name else found, lines, as_json=as_json)

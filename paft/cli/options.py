@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,31 @@ from paft.recipe import find
 F = Callable[..., Any]
 
 
-def recipe_option(command: F) -> F:
-    command = click.option("-c", "--recipe", "file", metavar="RECIPE", help="A recipe: a YAML file or a name from `paft recipes ls`.")(command)
-    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe, e.g. trainer.max_steps=100.")(command)
+def stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """The decorators as one; `--help` lists their options in this order."""
+    def wrap(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+    return wrap
 
 
-def output_options(command: F) -> F:
-    command = click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the result lands.")(command)
-    command = click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")(command)
-    return click.option("--dry-run", is_flag=True, help="Check everything, say what would be done and what it costs, write nothing.")(command)
+out_option = click.option("-o", "--out", type=click.Path(path_type=Path), help="The directory to make.")
+recipe_option = click.option("-c", "--recipe", "file", metavar="RECIPE", help="A YAML file, or a name from `paft recipes ls`.")
+dry_run = click.option("--dry-run", is_flag=True, help="Check all, say what would be done and what it costs, write nothing.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
 
 
-def common(command: F) -> F:
-    command = click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout.")(command)
-    command = click.option("-q", "--quiet", is_flag=True, help="No progress and no notes.")(command)
-    return click.option("--traceback", is_flag=True, help="On an error, show where it came from.")(command)
+def set_option(example: str) -> Callable[[F], F]:
+    """``--set``, with an example that suits the command's recipe."""
+    return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=f"Set any key of the recipe, e.g. {example}.")
+
+
+common = stack(
+    click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress and no notes."),
+    click.option("--traceback", is_flag=True, help="On an error, show where it came from."),
+)
 
 
 def recipe_file(name: str | None) -> Path | None:
@@ -39,6 +50,16 @@ def recipe_file(name: str | None) -> Path | None:
 def show(result: Any, lines: Sequence[str], *, as_json: bool) -> None:
     """A command's result on stdout: JSON, or lines for people."""
     click.echo(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else "\n".join(lines))
+
+
+def hang(rows: Sequence[tuple[str, ...]], width: int = 79) -> list[str]:
+    """Rows of cells as aligned columns; the last cell is text, wrapped below itself."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines: list[str] = []
+    for *cells, text in rows:
+        lead = "".join(f"{cell:<{size}}  " for cell, size in zip(cells, widths, strict=True))
+        lines += textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead)) or [lead.rstrip()]
+    return lines
 
 
 def size(count: float) -> str:

@@ -13,13 +13,18 @@ from paft.errors import UsageError
 
 @click.command("sparsity-report")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--threshold", type=click.FloatRange(min=0, min_open=True), default=1e-5, show_default=True, help="PAFT's measure counts |δ| below this.")
+@click.option("--threshold", type=click.FloatRange(min=0, min_open=True), default=1e-5, show_default=True,
+              metavar="NUMBER", help="PAFT's measure counts |δ| below this.")
 @click.option("--by", type=click.Choice(["layer", "module", "tensor"]), help="Break the numbers down.")
 @click.option("--markdown", is_flag=True, help="A Markdown table on stdout.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the share per layer (PAFT, Figure 2) into this file.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False),
+              help="Draw the share per layer (PAFT, Figure 2) into this file.")
 @options.common
-def sparsity_report(adapters: tuple[str, ...], threshold: float, by: Any, markdown: bool, plot: Path | None, as_json: bool, **_: Any) -> None:
-    """Is an adapter sparse, or only small? PAFT's measure beside scale-free ones.
+def sparsity_report(adapters: tuple[str, ...], threshold: float, by: Any, markdown: bool, plot: Path | None, as_json: bool,
+                    **_: Any) -> None:
+    """Tell sparse adapters from small ones.
+
+    PAFT's measure, the share of entries below a threshold, beside measures that do not change with scale.
 
     \b
     paft sparsity-report adapters/sft adapters/sft-l1 adapters/dpo
@@ -61,21 +66,25 @@ def sparsity_report(adapters: tuple[str, ...], threshold: float, by: Any, markdo
 
 @click.command("eval")
 @click.argument("candidates", nargs=-1, required=True, metavar="MODEL|ADAPTER...")
-@click.option("--base", metavar="MODEL", help="Base of the adapters and DPO reference  [default: what an adapter names].")
 @click.option("--sft-data", metavar="DATA", help="Held-out instruction rows.")
 @click.option("--pref-data", metavar="DATA", help="Held-out preference rows.")
 @click.option("--text", metavar="DATA", help="Neutral text, to measure forgetting.")
-@click.option("--beta", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True, help="β of the DPO loss.")
-@click.option("--generate", type=click.IntRange(0), default=0, show_default=True, help="Score greedy answers of up to this many tokens.")
-@click.option("--rows", type=click.IntRange(1), help="Use at most this many rows of each kind.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--base", metavar="MODEL", help="Base of the adapters and DPO reference  [default: what an adapter names].")
+@click.option("--generate", metavar="TOKENS", type=click.IntRange(0), default=0, show_default=True,
+              help="Score greedy answers of at most this length too.")
+@click.option("--rows", metavar="NUMBER", type=click.IntRange(1), help="Use at most this many rows of each kind.")
+@click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True,
+              help="β of the DPO loss.")
+@click.option("--batch-size", metavar="NUMBER", type=click.IntRange(1), default=16, show_default=True, help="Rows in one pass.")
 @options.common
 def evaluate(candidates: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Score models and adapters on held-out data: both objectives, preference accuracy, forgetting.
+    """Score models and adapters on held-out data.
+
+    Both objectives, preference accuracy, forgetting, and exact match of generated answers.
 
     \b
-    paft eval adapters/sft adapters/dpo merges/ties --base demo \\
-        --sft-data demo:sft:test --pref-data demo:pref:test --text demo:text:test --generate 16
+    paft eval adapters/sft adapters/dpo merges/ties --generate 16 \\
+        --sft-data demo:sft:test --pref-data demo:pref:test --text demo:text:test
     """
     if not (given["sft_data"] or given["pref_data"] or given["text"]):
         raise UsageError("nothing to evaluate on", hint="pass --sft-data, --pref-data or --text")

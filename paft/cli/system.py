@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,22 @@ from paft.recipe import RunRecipe, catalog, find, kind_of, load
 
 @click.command()
 @click.argument("recipe")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe, e.g. model=org/name or seed=1.")
+@options.set_option("model=org/name or seed=1")
+@options.out_option
 @click.option("--resume", is_flag=True, help="Keep finished stages whose inputs have not changed.")
-@options.output_options
+@options.dry_run
+@options.overwrite
 @options.common
 def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, dry_run: bool, as_json: bool,
         quiet: bool, **_: Any) -> None:
-    """Run a pipeline: train, merge, evaluate, one table. RECIPE is `demo`, another recipe's name, or a path.
+    """Run a pipeline: train, merge, evaluate, one table.
+
+    RECIPE is `demo`, another recipe's name, or a path.
 
     \b
     paft run demo
-    paft run paft --set model=org/name --set data.sft=chat.jsonl --set data.pref=pairs.jsonl
+    paft run paft --set model=org/name --set data.sft=chat.jsonl \\
+        --set data.pref=pairs.jsonl
     paft run demo --set seed=1 -o merges/demo-1 --resume
     """
     resolved = load(RunRecipe, find(recipe), sets)
@@ -36,8 +43,11 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
     quiet_libraries()
     from paft import run as pipeline
     from paft.progress import say
+    from paft.provenance import check_target
 
     if dry_run:
+        if not resume:
+            check_target(target, overwrite=overwrite)
         plan = pipeline.plan(resolved, target)
         options.show(plan, _plan_lines(plan), as_json=as_json)
         return
@@ -58,7 +68,8 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
 
     console = Console(highlight=False)
     columns = columns_of(report["rows"])
-    print_table(console, report["rows"], columns, f"{report['name']}: {report['split']} split, seed {report['seed']}", legend=True)
+    title = f"{report['name']}: {report['split']} split, seed {report['seed']}"
+    print_table(console, report["rows"], columns, title, legend=True)
     console.print("\n".join(["", *report["findings"], "One seed: small differences are noise."]), markup=False)
     adapters = " ".join(str(out / "adapters" / name) for name in list(report["adapters"])[:3])
     console.print(f"\n{out}: report.md, report.json, tradeoff.png, sparsity.png, adapters/, merges/  ({report['wall_s']:.0f} s)\n"
@@ -67,12 +78,14 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [f"would run {len(plan['train'])} trainings, {len(plan['merge'])} merges, {plan['evaluate']} evaluations into {plan['out']}"]
+    lines = [f"would run {len(plan['train'])} trainings, {len(plan['merge'])} merges, {plan['evaluate']} evaluations",
+             f"into {plan['out']}"]
     lines += [f"  train {stage['name']}" + (f" on {stage['on']}" if stage["on"] else "") + (" (kept)" if stage["done"] else "")
               for stage in plan["train"]]
-    rows = ", ".join(f"{kind} {counts['train']} / {counts['validation']} / {counts['test']}" for kind, counts in plan["rows"].items())
+    rows = ", ".join(f"{kind} {' / '.join(str(counts[split]) for split in ('train', 'validation', 'test'))}"
+                     for kind, counts in plan["rows"].items())
     lines.append(f"rows (train / validation / test): {rows}")
-    lines.append(f"merges: {', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")
+    lines += options.hang([("merges:", f"{', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")])
     return lines
 
 
@@ -84,15 +97,16 @@ def recipes() -> None:
 @recipes.command("ls")
 @options.common
 def recipes_ls(as_json: bool, **_: Any) -> None:
-    """Every shipped recipe with its kind and first comment line."""
+    """Every shipped recipe with its kind and what it is for."""
     rows = [{"name": name, "kind": kind_of(file), "about": _about(file)} for name, file in sorted(catalog().items())]
-    options.show(rows, [f"{row['name']:<16} {row['kind']:<11} {row['about']}"[:79] for row in rows]
-                 + ["", "next: paft recipes show NAME, paft recipes cp NAME"], as_json=as_json)
+    options.show(rows, [*options.hang([(row["name"], row["kind"], row["about"]) for row in rows]),
+                        "", "next: paft recipes show NAME, paft recipes cp NAME"], as_json=as_json)
 
 
 def _about(file: Path) -> str:
-    first = file.read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+    """The first sentence of the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return re.split(r"(?<=\.) |:(?= |$)", " ".join(line.strip("# ") for line in lines))[0].rstrip(".")
 
 
 @recipes.command("show")
@@ -127,12 +141,19 @@ def _verb(file: Path) -> str:
 @click.argument("directory", type=click.Path(path_type=Path))
 @options.common
 def verify(directory: Path, as_json: bool, **_: Any) -> None:
-    """Recompute the hashes in an artefact's paft.json; exit 3 if the tensors differ."""
+    """Check an artefact against its paft.json.
+
+    Recomputes the hash of its tensors; exit code 3 if they differ.
+
+    \b
+    paft verify adapters/sft-l1
+    """
     from paft.provenance import verify as check
 
     if not directory.is_dir():
         raise NotFoundError(f"no directory {directory}")
     differences = check(directory)
     if differences:
-        raise MismatchError(f"{directory} is not what paft.json describes: {differences[0]}", hint="make it again, or ask its author")
+        raise MismatchError(f"{directory} is not what paft.json describes: {differences[0]}",
+                            hint="make it again, or ask its author")
     options.show({"directory": str(directory), "ok": True}, [f"{directory}: tensors are what paft.json says"], as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,27 @@ import click
 from paft.cli import options
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
 
-TRAINING = [
-    click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`."),
-    click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both."),
-    click.option("--l1", type=click.FloatRange(min=0), help="λ of the L1 term λ·Σ|s·B·A| (a sum, so it depends on model size)."),
-    click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
-]
-DATA = [
+MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`.")
+ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both.")
+L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
+                  help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
+BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
+                    help="β of the DPO loss  [default: 0.1].")
+DATA = options.stack(
     click.option("-d", "--data", metavar="DATA", help="File, directory, hub id org/name[:split], or demo:sft / demo:pref."),
     click.option("--eval-data", metavar="DATA", help="Held-out rows; their loss never contains the penalty."),
-    click.option("--eval-fraction", type=click.FloatRange(0, 1, max_open=True), help="Hold out this share of the data instead."),
-]
-
-
-def _with(decorators: list[Any]) -> Any:
-    def wrap(command: Any) -> Any:
-        command = options.recipe_option(options.output_options(options.common(command)))
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-    return wrap
+    click.option("--eval-fraction", metavar="NUMBER", type=click.FloatRange(0, 1, max_open=True),
+                 help="Or hold out this share of the data."),
+)
+LAST = options.stack(
+    options.recipe_option, options.set_option("trainer.max_steps=100"),
+    click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
+    options.dry_run, options.overwrite, options.common,
+)
 
 
 @click.command("train-sft")
-@_with(TRAINING + DATA)
+@options.stack(MODEL, DATA, options.out_option, L1, ON, LAST)
 def train_sft(**given: Any) -> None:
     """Train an SFT adapter, sparse with --l1.
 
@@ -46,30 +44,34 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@_with([*TRAINING, *DATA, click.option("--beta", type=click.FloatRange(min=0, min_open=True), help="β of the DPO loss  [default: 0.1].")])
+@options.stack(MODEL, DATA, options.out_option, BETA, L1, ON, LAST)
 def train_dpo(**given: Any) -> None:
-    """Train a DPO adapter; the reference is the base with the adapter off.
+    """Train a DPO adapter; its reference is the base.
 
     \b
     paft train-dpo --model demo --data demo:pref -o adapters/dpo
     paft train-dpo -m org/name -d pairs.jsonl --beta 0.1 --eval-fraction 0.1
-    paft train-dpo -m org/name -d pairs.jsonl --on adapters/sft -o adapters/sft-dpo
+    paft train-dpo -m org/name -d pairs.jsonl --on adapters/sft -o adapters/both
     """
     _train(DpoRecipe, "dpo", given)
 
 
 @click.command("train-joint")
-@_with([*TRAINING,
-        click.option("--method", type=click.Choice(["mix"]), help="How the objectives share the steps  [default: mix]."),
-        click.option("--sft-data", metavar="DATA", help="Instruction data."),
-        click.option("--pref-data", metavar="DATA", help="Preference data."),
-        click.option("--lam", type=click.FloatRange(0, 1), help="λ weights DPO: λ·DPO + (1-λ)·SFT  [default: 0.5]."),
-        click.option("--beta", type=click.FloatRange(min=0, min_open=True), help="β of the DPO loss  [default: 0.1].")])
+@options.stack(
+    MODEL,
+    click.option("--sft-data", metavar="DATA", help="Instruction rows: a file, a directory, a hub id, or demo:sft."),
+    click.option("--pref-data", metavar="DATA", help="Preference rows: a file, a directory, a hub id, or demo:pref."),
+    options.out_option,
+    click.option("--method", type=click.Choice(["mix"]), help="How the objectives share the steps  [default: mix]."),
+    click.option("--lam", metavar="NUMBER", type=click.FloatRange(0, 1),
+                 help="λ weights DPO: λ·DPO + (1-λ)·SFT  [default: 0.5]."),
+    BETA, L1, ON, LAST,
+)
 def train_joint(**given: Any) -> None:
     """Train both objectives in one process, to compare with.
 
     \b
-    paft train-joint --method mix -m demo --sft-data demo:sft --pref-data demo:pref
+    paft train-joint -m demo --sft-data demo:sft --pref-data demo:pref --lam 0.3
     """
     _train(JointRecipe, "joint", given)
 
@@ -95,9 +97,10 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{count} {name}" for name, count in plan["rows"].items() if count)
-    return [f"would {plan['command']} into {plan['out']}: {rows} rows; {plan['steps']} steps of {plan['batch']} rows",
-            f"adapter about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}, "
-            f"in float32 about {options.size(plan['memory_bytes'])} of memory before activations"]
+    return [f"would {plan['command']} into {plan['out']}",
+            f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
+            f"  adapter about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
+            f"  about {options.size(plan['memory_bytes'])} of memory in float32, before activations"]
 
 
 def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:
@@ -106,4 +109,4 @@ def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str
              "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
-    return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s; {told}", f"next: {follow}"]
+    return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s", *textwrap.wrap(told, 79), f"next: {follow}"]

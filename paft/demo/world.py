@@ -185,10 +185,8 @@ def _documents(rng: random.Random, string_split: str, splits: tuple[str, ...]) -
         if name == "scene":
             yield _scene(rng.choice(listed[rng.choice(PREF_TASKS)]), rng)
             continue
-        if name in LETTER_TASKS:
-            item = _letter_item(TASKS[name], _letters(rng, string_split))
-        else:
-            item = rng.choice(listed[name])
+        known = listed.get(name)
+        item = rng.choice(known) if known else _letter_item(TASKS[name], _letters(rng, string_split))
         yield f"{item.fill(rng.choice(item.task.plain))} {item.answer} ."
 
 

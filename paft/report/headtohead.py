@@ -52,8 +52,8 @@ def group_of(name: str, recipe: RunRecipe) -> str:
     """What kind of row this is, from the recipe alone: base, one objective, sequential, joint, merge or control."""
     if name in recipe.merge:
         entry = recipe.merge[name]
-        l2 = any(recipe.train[source].l2 for source in entry.of)
-        return "control" if entry.density_like or entry.norm_like or l2 else "merge"
+        first = recipe.train[entry.of[0]]
+        return "control" if entry.density_like or first.l2 or (entry.norm_like and not first.l1) else "merge"
     if name not in recipe.train:
         return "base"
     stage = recipe.train[name]
@@ -85,7 +85,8 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _brief(row: Mapping[str, Any]) -> str:
-    parts = [("exact_match", "exact match"), ("pref_accuracy", "preference accuracy"), ("opener", "polite"), ("ideal", "ideal distance")]
+    parts = [("exact_match", "exact match"), ("pref_accuracy", "preference accuracy"), ("opener", "polite"),
+             ("ideal", "ideal distance")]
     return ", ".join(f"{label} {row[key]:.2f}" for key, label in parts if key in row)
 
 
@@ -108,8 +109,8 @@ def write_report(out: Path, recipe: RunRecipe, scores: Mapping[str, Score], adap
     shown = [row for row in rows if row["group"] not in ("base",)]
     metrics = ("exact_match", "pref_accuracy") if any("exact_match" in row for row in rows) else ("sft_loss", "dpo_loss")
     titles = {column.key: column.help for column in COLUMNS}
-    tradeoff_figure(shown, out / "tradeoff.png", x=metrics[0], y=metrics[1], groups="group", title=f"{recipe.name}, seed {recipe.seed}",
-                    xlabel=titles[metrics[0]], ylabel=titles[metrics[1]])
+    tradeoff_figure(shown, out / "tradeoff.png", x=metrics[0], y=metrics[1], groups="group",
+                    title=f"{recipe.name}, seed {recipe.seed}", xlabel=titles[metrics[0]], ylabel=titles[metrics[1]])
     single = [report for name, report in adapters.items() if group_of(name, recipe) == "single"]
     sparsity_figure(single, out / "sparsity.png")
     return report

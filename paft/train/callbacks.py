@@ -1,4 +1,4 @@
-"""What a running trainer tells: progress with loss and ETA, a JSONL log, and an early stop when the loss is no number."""
+"""What a running trainer tells: progress with loss and ETA, a JSONL log, and a stop when the held-out loss is no number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paft.progress import Progress
 
 
 class Watch(TrainerCallback):
-    """Draws progress, appends every log record to ``log`` and raises MismatchError on a NaN or infinite loss."""
+    """Draws progress, appends every log record to ``log`` and raises MismatchError on a NaN or infinite ``eval_loss``."""
 
     def __init__(self, label: str, log: Path, *, quiet: bool = False) -> None:
         self.label, self.log, self.quiet = label, log, quiet
@@ -30,10 +30,9 @@ class Watch(TrainerCallback):
         logs = logs or {}
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        for key in ("loss", "grad_norm", "eval_loss"):
-            if key in logs and not math.isfinite(float(logs[key])):
-                raise MismatchError(f"{key} is {logs[key]} at step {state.global_step}: training has diverged",
-                                    hint="lower trainer.learning_rate, or look for broken rows in the data")
+        if not math.isfinite(float(logs.get("eval_loss", 0))):
+            raise MismatchError(f"eval_loss is {logs['eval_loss']} at step {state.global_step}: training has diverged",
+                                hint="lower trainer.learning_rate, or look for broken rows in the data")
         if "loss" in logs:
             self.note = f"loss {float(logs.get('task_loss', logs['loss'])):.3f}"
             if "l1" in logs:

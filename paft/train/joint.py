@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from paft.data import Row, dataset
+from paft.errors import MismatchError
 from paft.train.options import lora_config, trainer_config
 from paft.train.penalised import Penalised
 from paft.train.schedules import SCHEDULES, Schedule
@@ -34,12 +37,16 @@ class TwoObjectives(DPOTrainer):
         self.schedule = schedule
         self.chat_template = None
         self.completion_only_loss = "completion" in rows[0]
-        prepared = SFTTrainer._prepare_dataset(self, dataset(rows), self.processing_class, config, False, None, "sft")  # type: ignore[arg-type]
+        processing: Any = self.processing_class
+        prepared: Any = SFTTrainer._prepare_dataset(self, dataset(rows), processing, config, False, None, "sft")  # type: ignore[arg-type]
+        if not len(prepared):
+            raise MismatchError(f"no SFT row has an answer within max_length={config.max_length}",
+                                hint="raise trainer.max_length")
+        size = config.per_device_train_batch_size
         self.sft_batches = _cycle(DataLoader(
-            prepared.select_columns(["input_ids", "labels"]),  # type: ignore[arg-type]
-            batch_size=config.per_device_train_batch_size, shuffle=True, drop_last=len(prepared) > config.per_device_train_batch_size,
+            prepared.select_columns(["input_ids", "labels"]), batch_size=size, shuffle=True, drop_last=len(prepared) > size,
             generator=torch.Generator().manual_seed(config.seed),
-            collate_fn=DataCollatorForLanguageModeling(pad_token_id=self._tokenizer.pad_token_id),
+            collate_fn=DataCollatorForLanguageModeling(pad_token_id=int(self._tokenizer.pad_token_id)),  # type: ignore[arg-type]
         ))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:

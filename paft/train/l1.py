@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TILE = 1 << 18  # entries of a product tile: 1 MB in float32, so that it stays in the L2 cache
 
@@ -36,22 +37,29 @@ class _ProductL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
         a, b = _accurate(A.detach()), _accurate(B.detach())
-        grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
-        total = torch.zeros((), dtype=torch.float64 if a.device.type == "cpu" else a.dtype, device=a.device)
-        for rows in _tiles(b.shape[0], a.shape[1]):
-            tile = b[rows] @ a
-            total += torch.linalg.vector_norm(tile, 1)
-            sign = tile.sign_()
-            grad_b[rows] = sign @ a.T
-            grad_a.addmm_(b[rows].T, sign)
+        with torch.autocast(a.device.type, enabled=False):
+            total, grad_a, grad_b = _l1_and_gradients(a, b)
         ctx.save_for_backward(grad_a, grad_b)
         ctx.dtypes = A.dtype, B.dtype
-        return total.to(a.dtype)
+        return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         grad_a, grad_b = ctx.saved_tensors
         return (grad * grad_a).to(ctx.dtypes[0]), (grad * grad_b).to(ctx.dtypes[1])
+
+
+def _l1_and_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
+    total = torch.zeros((), dtype=torch.float64 if a.device.type == "cpu" else a.dtype, device=a.device)
+    for rows in _tiles(b.shape[0], a.shape[1]):
+        tile = b[rows] @ a
+        total += torch.linalg.vector_norm(tile, 1)
+        sign = tile.sign_()
+        grad_b[rows] = sign @ a.T
+        grad_a.addmm_(b[rows].T, sign)
+    return total.to(a.dtype), grad_a, grad_b
 
 
 def product_l1(A: Tensor, B: Tensor) -> Tensor:
@@ -61,8 +69,9 @@ def product_l1(A: Tensor, B: Tensor) -> Tensor:
 
 def product_half_square(A: Tensor, B: Tensor) -> Tensor:
     """½·Σ(B·A)² = ½·tr((A Aᵀ)(Bᵀ B)), differentiable; costs r x r Gram matrices only."""
-    a, b = _accurate(A), _accurate(B)
-    return 0.5 * ((a @ a.T) * (b.T @ b)).sum()
+    with torch.autocast(A.device.type, enabled=False):
+        a, b = _accurate(A), _accurate(B)
+        return 0.5 * ((a @ a.T) * (b.T @ b)).sum()
 
 
 def lora_factors(model: torch.nn.Module, adapter: str = "default") -> Iterator[Factors]:
@@ -72,6 +81,14 @@ def lora_factors(model: torch.nn.Module, adapter: str = "default") -> Iterator[F
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             yield Factors(name, module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])  # type: ignore[arg-type]
+
+
+def nonlinear_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the layers whose LoRA is not ``s·B·A`` of a matrix (embeddings, convolutions): the penalty cannot see them."""
+    from peft.tuners.lora import LoraLayer
+
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)
+            and not (module.lora_A and all(factor.weight.dim() == 2 for factor in module.lora_A.values()))]  # type: ignore[operator]
 
 
 def penalty(model: torch.nn.Module, *, l1: float, l2: float, scaled: bool = True) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from paft import hub
-from paft.adapter import concatenate, read_adapter, save_adapter
+from paft.adapter import CONFIG, WEIGHTS, concatenate, read_adapter, save_adapter
 from paft.card import adapter_card
 from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
 from paft.errors import MismatchError, UsageError
@@ -22,6 +22,8 @@ from paft.progress import say
 from paft.provenance import check_target, output_dir, tensor_files, write_manifest
 from paft.provenance import content_hash as tensor_hash
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
+from paft.tokens import boundary_moves
+from paft.train.l1 import nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
@@ -34,17 +36,25 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     rows = _load(recipe)
     model = _require(recipe.model, "--model")
     base = resolve_base(model)
-    _check_trainer(recipe)
+    check_trainer(recipe)
     load_tokenizer(model, chat=_is_chat(rows))
     adapter = _adapter_parameters(recipe, base)
     size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    clock = len(rows["pref" if "pref" in rows else "train"])
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(clock / batch) * args.num_train_epochs)
+    steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
     return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
             "memory_bytes": 4 * parameters(base) + 16 * adapter, "recipe": recipe.model_dump()}
+
+
+def _steps(args: Any, rows: int) -> int:
+    """Optimiser steps, as `Trainer` counts them where no row is dropped or packed."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = rows / args.per_device_train_batch_size
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
 
 
 def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
@@ -57,15 +67,19 @@ def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
 
 @contextmanager
 def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
-    """Turn PEFT's complaint about target modules into a line that names the model's linear layers."""
-    names = linear_names(model)
+    """Refuse ``lora.targets`` that match nothing, or more than linear layers, with a line that names the linear layers.
+
+    PEFT puts its layers into ``model`` itself, so the block may wrap it as it likes.
+    """
+    hint = "its linear layers are " + ", ".join(linear_names(model))
     try:
         yield model
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}",
-                            hint="its linear layers are " + ", ".join(names)) from error
+        raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}", hint=hint) from error
+    if odd := nonlinear_layers(model):
+        raise MismatchError(f"lora.targets {recipe.lora.targets!r} match {odd[0]}, which is no linear layer", hint=hint)
 
 
 def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, quiet: bool = False,
@@ -80,10 +94,8 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     started = time.monotonic()
     with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
         trainer = _build(recipe, rows, scratch)
-        kept = len(trainer.train_dataset)
-        given = len(rows["pref" if "pref" in rows else "train"])
-        if kept < given and not recipe.trainer.get("packing"):
-            say(f"note: {given - kept} of {given} rows dropped: the prompt alone fills max_length={trainer.args.max_length}")
+        _note_boundary(trainer.processing_class, rows, quiet)
+        _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
         _run(trainer, label or out.name, directory / "log.jsonl", quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
         _save(trainer, recipe, directory)
@@ -107,6 +119,9 @@ def _require(value: str | None, flag: str) -> str:
 def _load(recipe: AnyRecipe) -> Rows:
     """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
     if isinstance(recipe, JointRecipe):
+        if recipe.eval_fraction:
+            raise UsageError("joint training holds no rows out, so eval_fraction has no use",
+                             hint="score the adapter with `paft eval`")
         return {"sft": load_rows(_require(recipe.sft_data, "--sft-data"), "sft"),
                 "pref": load_rows(_require(recipe.pref_data, "--pref-data"), "pref")}
     role = "pref" if isinstance(recipe, DpoRecipe) else "sft"
@@ -121,12 +136,14 @@ def _load(recipe: AnyRecipe) -> Rows:
 
 
 def _config_kind(recipe: AnyRecipe) -> Any:
-    from trl import DPOConfig, SFTConfig
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig if isinstance(recipe, SftRecipe) else DPOConfig
 
 
-def _check_trainer(recipe: AnyRecipe) -> None:
+def check_trainer(recipe: AnyRecipe) -> None:
+    """UsageError for a ``trainer`` option that TRL does not have; loads no model."""
     check_options(_config_kind(recipe), recipe.trainer)
 
 
@@ -139,15 +156,45 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
 
     from paft.train import dpo, joint, sft
 
-    _check_trainer(recipe)
+    check_trainer(recipe)
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
     name = _require(recipe.model, "--model")
     tokenizer = load_tokenizer(name, chat=_is_chat(rows))
-    with _named_targets(recipe, load_model(name, on=recipe.on)) as model:
+    with _usage(), _named_targets(recipe, load_model(name, on=recipe.on)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
         build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
         return build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """TRL refuses some values of its options only where it uses them: when the trainer is built, or in its first step."""
+    try:
+        yield
+    except ValueError as error:
+        if not still_early():
+            raise
+        raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
+
+
+def _note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
+    """Say once, in one line, what TRL would say in seven: the chat template renders a prompt differently before an answer."""
+    for found in rows.values():
+        answer = next((key for key in ("completion", "chosen") if found and key in found[0]), None)
+        if answer and boundary_moves(tokenizer, found[0], answer):
+            say("note: the last tokens of a prompt change when an answer follows (chat template); the answer is taken from there",
+                quiet=quiet)
+            return
+
+
+def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
+    """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
+    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
+    if not kept:
+        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
+    if kept < given and not getattr(trainer.args, "packing", False):
+        say(f"note: {given - kept} of {given} rows dropped: {why}", quiet=quiet)
 
 
 def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
@@ -157,14 +204,16 @@ def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch(label, log, quiet=quiet))
-    trainer.train()
+    with _usage(lambda: trainer.state.global_step == 0):
+        trainer.train()
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
     """The last logged training values and, with evaluation data, the held-out loss (never with the penalty in it)."""
+    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:
-        last.update({k: record[k] for k in ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss") if k in record})
+        last.update({key: record[key] for key in wanted if key in record})
     if evaluate:
         held = trainer.evaluate()
         last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
@@ -176,13 +225,15 @@ def _save(trainer: Any, recipe: AnyRecipe, directory: Path) -> None:
     # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
     with tempfile.TemporaryDirectory() as scratch:
         trainer.model.save_pretrained(scratch, save_embedding_layers=False)
+        _name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
+        trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
         if recipe.on is None:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
+            for name in (WEIGHTS, CONFIG):
                 shutil.copyfile(Path(scratch) / name, directory / name)
         else:
-            config, tensors = concatenate([read_adapter(recipe.on), read_adapter(scratch)], [1.0, 1.0])
+            config, tensors = concatenate([read_adapter(recipe.on), trained], [1.0, 1.0])
             save_adapter(directory, config, tensors)
-    _name_base(directory / "adapter_config.json", str(recipe.model))
+            _name_base(directory / CONFIG, str(recipe.model))
 
 
 def _name_base(file: Path, model: str) -> None:

@@ -1,0 +1,81 @@
+"""A run's recipe before anything runs: is every stage possible, and what does each one do exactly."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from paft.errors import UsageError, did_you_mean
+from paft.merge import methods
+from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Splits, TrainRecipe, validate
+from paft.train.stage import check_trainer
+
+RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "eval_fraction")
+
+
+def check(recipe: RunRecipe) -> None:
+    """UsageError for stage names that are unsafe, unknown, or defined after they are needed."""
+    known: list[str] = []
+    for name, stage in recipe.train.items():
+        _check_name(name)
+        if stage.on and stage.on not in known:
+            raise UsageError(f"train.{name}.on: there is no earlier stage {stage.on!r}", hint=did_you_mean(stage.on, known))
+        _check_stage(recipe, name)
+        known.append(name)
+    for name, entry in recipe.merge.items():
+        _check_name(name)
+        if name in recipe.train:
+            raise UsageError(f"merge.{name}: a training stage has the same name")
+        for source in [*entry.of, *filter(None, (entry.density_like, entry.norm_like))]:
+            if source not in known:
+                raise UsageError(f"merge.{name}: there is no training stage {source!r}", hint=did_you_mean(source, known))
+        _check_merge(name, entry)
+    _check_rest(recipe)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"{name!r} cannot be a stage's name", hint="use letters, digits, dot, dash and underscore")
+
+
+def _check_stage(recipe: RunRecipe, name: str) -> None:
+    try:
+        check_trainer(stage_recipe(recipe, name, Path()))
+    except UsageError as error:
+        raise UsageError(f"train.{name}: {error.message}", hint=error.hint) from None
+
+
+def _check_merge(name: str, entry: RunMerge) -> None:
+    try:
+        methods.resolve(entry.method, {key: value for key, value in entry.parameters.items() if key != "weight"})
+    except UsageError as error:
+        raise UsageError(f"merge.{name}: {error.message}", hint=error.hint) from None
+    if entry.weights is not None and len(entry.weights) != len(entry.of):
+        raise UsageError(f"merge.{name}: {len(entry.weights)} weights for {len(entry.of)} adapters")
+
+
+def _check_rest(recipe: RunRecipe) -> None:
+    for objective, defaults in vars(recipe.defaults).items():
+        assert isinstance(defaults, TrainRecipe)
+        for key in sorted(defaults.model_fields_set & set(RUNS_OWN)):
+            raise UsageError(f"defaults.{objective}.{key}: a run decides this itself", hint="remove it there")
+    pref = recipe.data.pref.train if isinstance(recipe.data.pref, Splits) else recipe.data.pref
+    if recipe.evaluate.judge == "demo" and not pref.startswith("demo:"):
+        raise UsageError("evaluate.judge: demo can only judge answers to the demo's preference prompts", hint="remove it")
+
+
+def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoRecipe | JointRecipe:
+    """The full recipe of one training stage: the defaults of its objective, then what the stage says."""
+    stage = recipe.train[name]
+    base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
+    said = {key: value for key, value in (("l1", stage.l1), ("l2", stage.l2), ("lam", stage.lam)) if value is not None}
+    said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
+    said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
+    return validate(type(base), base.model_dump() | said)
+
+
+def _sources(recipe: RunRecipe, objective: str) -> dict[str, str]:
+    first = {role: spec.train if isinstance(spec, Splits) else spec
+             for role, spec in (("sft", recipe.data.sft), ("pref", recipe.data.pref))}
+    return {"sft": {"data": first["sft"]}, "dpo": {"data": first["pref"]},
+            "joint": {"sft_data": first["sft"], "pref_data": first["pref"]}}[objective]

@@ -1,0 +1,114 @@
+"""Joint training against its two halves: TRL's DPO and SFT trainers on the same batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train_penalised import LORA, SGD, dpo_trainer, sft_trainer, start_away_from_zero
+from torch import Tensor
+from trainkit import distance, factors, identical, parts, pref_rows, sft_rows
+from transformers import set_seed
+
+from paft.errors import MismatchError, UsageError
+from paft.recipe import JointRecipe
+from paft.train import joint
+from paft.train.l1 import penalty
+from paft.train.schedules import Mix
+from paft.train.stage import train
+
+STEP = {**SGD, "learning_rate": 0.1, "max_steps": 1, "per_device_train_batch_size": 8}
+
+
+def joint_trainer(base: Path, scratch: Path, *, rows: int = 8, chat: bool = False, **fields: Any) -> Any:
+    """On whole batches of ``rows``, so that another trainer that shuffles otherwise sees the same ones."""
+    recipe = JointRecipe(model=str(base), lora=LORA, **fields)
+    set_seed(recipe.seed)
+    return joint.build(recipe, *parts(base), {"sft": sft_rows(rows, chat=chat), "pref": pref_rows(rows, chat=chat)}, str(scratch))
+
+
+def moved(trainer: Any) -> dict[str, Tensor]:
+    """How training moves the factors from a start where both have gradients."""
+    before = factors(start_away_from_zero(trainer))
+    trainer.train()
+    return {name: tensor - before[name] for name, tensor in factors(trainer).items()}
+
+
+def test_lam_one_is_dpo_to_the_bit(tiny_base: Path, tmp_path: Path) -> None:
+    options = {**STEP, "max_steps": 4, "per_device_train_batch_size": 4}
+    both, alone = (
+        joint_trainer(tiny_base, tmp_path, rows=16, lam=1.0, trainer=options),
+        dpo_trainer(tiny_base, tmp_path, trainer=options),
+    )
+    both.train()
+    alone.train()
+    assert identical(factors(both), factors(alone))
+
+
+def test_lam_zero_is_sft(tiny_base: Path, tmp_path: Path) -> None:
+    options = {**STEP, "max_steps": 3}
+    both = moved(joint_trainer(tiny_base, tmp_path, lam=0.0, trainer=options))
+    assert distance(both, moved(sft_trainer(tiny_base, tmp_path, rows=8, trainer=options))) < 1e-6
+    assert max(float(tensor.abs().max()) for tensor in both.values()) > 1e-3
+
+
+@pytest.mark.parametrize("lam", [0.25, 0.8])
+def test_the_gradient_is_the_weighted_sum_of_both(lam: float, tiny_base: Path, tmp_path: Path) -> None:
+    both = moved(joint_trainer(tiny_base, tmp_path, lam=lam, trainer=STEP))
+    dpo = moved(dpo_trainer(tiny_base, tmp_path, rows=8, trainer=STEP))
+    sft = moved(sft_trainer(tiny_base, tmp_path, rows=8, trainer=STEP))
+    assert distance(both, {name: lam * dpo[name] + (1 - lam) * sft[name] for name in both}) < 1e-7
+    assert min(distance(both, dpo), distance(both, sft)) > 1e-4
+
+
+def test_accumulation_changes_nothing_but_rounding(tiny_base: Path, tmp_path: Path) -> None:
+    """Answers are of equal length, so that the mean over micro-batches is the mean over tokens."""
+    split = {**STEP, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    whole, parted = (moved(joint_trainer(tiny_base, tmp_path, l1=1e-3, l2=1e-2, trainer=options)) for options in (STEP, split))
+    assert distance(whole, parted) < 1e-6
+
+
+def test_both_losses_and_the_penalty_are_logged_apart(tiny_base: Path, tmp_path: Path) -> None:
+    trainer = start_away_from_zero(joint_trainer(tiny_base, tmp_path, lam=0.3, l1=1e-3, trainer={**STEP, "max_steps": 2}))
+    norm = float(penalty(trainer.model, l1=1.0, l2=0.0)[1].detach())
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["task_loss"] == pytest.approx(0.3 * first["dpo_loss"] + 0.7 * first["sft_loss"], rel=1e-5)
+    assert first["loss"] == pytest.approx(first["task_loss"] + 1e-3 * norm, rel=1e-3)
+    assert first["l1"] == pytest.approx(norm, rel=1e-6)
+
+
+def test_conversations_and_a_cycling_sft_set(tiny_base: Path, tmp_path: Path) -> None:
+    """Three SFT rows serve sixteen pairs, in an order that the seed repeats; the saved metrics hold both losses."""
+    rows = {"sft": sft_rows(3, chat=True, answer=None), "pref": pref_rows(16, chat=True)}
+    recipe = JointRecipe(
+        model=str(tiny_base), lora=LORA, sft_batch_size=2, trainer={"per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    )
+    one, two = (train(recipe, tmp_path / name, rows=rows, quiet=True) for name in ("one", "two"))
+    assert one["metrics"]["steps"] == 4
+    assert {"sft_loss", "dpo_loss"} <= one["metrics"].keys()
+    assert one["content_sha256"] == two["content_sha256"]
+
+
+def test_sft_rows_that_fill_the_context_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+    rows = {
+        "sft": [{"prompt": "the cat the cat the cat the cat", "completion": " dog"}],
+        "pref": [{"prompt": "cat", "chosen": " yes", "rejected": " no"}] * 4,
+    }
+    recipe = JointRecipe(model=str(tiny_base), trainer={"max_length": 4, "max_steps": 1})
+    with pytest.raises(MismatchError, match="max_length=4"):
+        train(recipe, tmp_path / "a", rows=rows, quiet=True)
+
+
+def test_an_evaluation_share_is_not_dropped_in_silence(tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="eval_fraction"):
+        train(JointRecipe(model=str(tiny_base), eval_fraction=0.1, sft_data="demo:sft", pref_data="demo:pref"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_mix_weighs_to_one(lam: float) -> None:
+    weights = Mix(lam)(7)
+    assert weights == {"dpo": lam, "sft": pytest.approx(1 - lam)}
+    assert torch.tensor(list(weights.values())).sum() == 1

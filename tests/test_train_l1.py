@@ -1,0 +1,173 @@
+"""The tiled penalty against plain autograd in float64, and against PEFT's own dense deltas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from paft.train import l1
+from paft.train.l1 import lora_factors, penalty, product_half_square, product_l1, share_below
+
+SHAPES = {"rows": st.integers(1, 17), "columns": st.integers(1, 17), "rank": st.integers(1, 5), "seed": st.integers(0, 99)}
+
+
+def factors(rows: int, columns: int, rank: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, columns, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    B = torch.randn(rows, rank, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return A, B
+
+
+def value_and_gradients(function: Any, A: Tensor, B: Tensor, weight: float = 1.0, autocast: bool = False) -> list[Tensor]:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = function(A, B)
+    return [value.detach(), *torch.autograd.grad(weight * value, (A, B))]
+
+
+def dense_l1(A: Tensor, B: Tensor) -> Tensor:
+    return (B @ A).abs().sum()
+
+
+def dense_half_square(A: Tensor, B: Tensor) -> Tensor:
+    return 0.5 * (B @ A).square().sum()
+
+
+def close(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("ours", "dense"), [(product_l1, dense_l1), (product_half_square, dense_half_square)])
+@given(**SHAPES, weight=st.floats(-3, 3))
+@settings(deadline=None, max_examples=40)
+def test_value_and_gradient_are_autograds(
+    ours: Any, dense: Any, rows: int, columns: int, rank: int, seed: int, weight: float
+) -> None:
+    A, B = factors(rows, columns, rank, seed)
+    close(value_and_gradients(ours, A, B, weight), value_and_gradients(dense, A, B, weight), 1e-12)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 40, 100])
+def test_tiles_do_not_matter(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(l1, "TILE", tile)
+    for rows, columns in ((1, 9), (13, 9), (13, 1), (8, 50)):
+        A, B = factors(rows, columns, 3, tile)
+        close(value_and_gradients(product_l1, A, B), value_and_gradients(dense_l1, A, B), 1e-12)
+
+
+@pytest.mark.parametrize(("ours", "dense"), [(product_l1, dense_l1), (product_half_square, dense_half_square)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision_factors_are_scored_in_float32(ours: Any, dense: Any, autocast: bool) -> None:
+    A, B = factors(40, 30, 4, 0, torch.bfloat16)
+    exact = value_and_gradients(dense, A.detach().double().requires_grad_(), B.detach().double().requires_grad_())
+    found = value_and_gradients(ours, A, B, autocast=autocast)
+    assert [t.dtype for t in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    close(found[:1], exact[:1], 1e-5)
+    # What remains in the gradients is one rounding to bfloat16 (and an entry near zero whose sign float32 may miss).
+    close(found[1:], [t.bfloat16() for t in exact[1:]], 1e-2)
+
+
+def test_autocast_does_not_reach_float32_factors() -> None:
+    A, B = factors(40, 30, 4, 0, torch.float32)
+    plain, cast = value_and_gradients(product_l1, A, B), value_and_gradients(product_l1, A, B, autocast=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_the_sign_of_zero_is_zero() -> None:
+    """PEFT starts at B = 0: there the penalty must push nothing, in either factor."""
+    A, B = factors(5, 6, 2, 0)
+    with torch.no_grad():
+        B.zero_()
+    assert all(not t.any() for t in value_and_gradients(product_l1, A, B))
+
+
+def test_only_factor_sized_tensors_are_kept() -> None:
+    A, B = factors(300, 200, 2, 0)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        product_l1(A, B)
+        assert sum(saved) == A.numel() + B.numel()
+        product_half_square(A, B)
+    assert max(saved) == B.numel()
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    A, B = factors(3, 3, 2, 0)
+    gradient = torch.autograd.grad(product_l1(A, B) ** 2, A, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def peft_model(base: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=3e-4)
+    return model
+
+
+def conv1d_base() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+@pytest.fixture(params=["linear", "conv1d", "rslora", "rank_pattern"])
+def adapted(request: pytest.FixtureRequest, tiny_base: Any) -> Any:
+    if request.param == "conv1d":
+        return peft_model(conv1d_base(), fan_in_fan_out=True)
+    options: dict[str, Any] = {
+        "rslora": {"use_rslora": True},
+        "rank_pattern": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"q_proj": 9}},
+    }.get(request.param, {})
+    return peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), **options)
+
+
+def dense_deltas(model: Any) -> list[Tensor]:
+    return [m.get_delta_weight("default").detach().double() for m in model.modules() if isinstance(m, LoraLayer)]
+
+
+def test_penalty_is_the_sum_over_pefts_deltas(adapted: Any) -> None:
+    deltas = dense_deltas(adapted)
+    size = sum(delta.abs().sum() for delta in deltas)
+    square = sum(delta.square().sum() for delta in deltas)
+    value, norm = penalty(adapted, l1=0.3, l2=0.7)
+    torch.testing.assert_close(norm.double(), size, rtol=1e-5, atol=0)
+    torch.testing.assert_close(value.double(), 0.3 * size + 0.35 * square, rtol=1e-5, atol=0)
+    assert penalty(adapted, l1=0, l2=1.0)[1].isnan()
+    value.backward()
+    touched = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert touched == {name for name, parameter in adapted.named_parameters() if "lora_" in name}
+
+
+def test_unscaled_penalty_is_the_sum_of_the_bare_products(adapted: Any) -> None:
+    bare = [(f.B.double() @ f.A.double()).detach() for f in lora_factors(adapted)]
+    value, norm = penalty(adapted, l1=1.0, l2=2.0, scaled=False)
+    size = sum(product.abs().sum() for product in bare)
+    torch.testing.assert_close(norm.double(), size, rtol=1e-5, atol=0)
+    torch.testing.assert_close(value.double(), size + sum(p.square().sum() for p in bare), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_share_below_is_the_dense_count(adapted: Any, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(l1, "TILE", 100)
+    products = dense_deltas(adapted) if scaled else [f.B.double() @ f.A.double() for f in lora_factors(adapted)]
+    entries = torch.cat([product.flatten().abs() for product in products])
+    for threshold in (1e-5, 1e-4):
+        counted = (entries < threshold).double().mean().item()
+        assert 0 < counted < 1
+        # float32 products may cross the threshold against the float64 count for a handful of entries
+        assert share_below(adapted, threshold, scaled=scaled) == pytest.approx(counted, abs=3 / len(entries))
+    assert share_below(torch.nn.Linear(2, 2)) == 0
