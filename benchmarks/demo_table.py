@@ -38,6 +38,8 @@ QUESTIONS = [
     ("task arithmetic with L1 minus SFT then DPO", ["task_arithmetic-l1"], ["sft-dpo"]),
     ("task arithmetic with L1 minus DPO then SFT-L1", ["task_arithmetic-l1"], ["dpo-sft-l1"]),
     ("task arithmetic with L1 minus Mix", ["task_arithmetic-l1"], ["mix"]),
+    ("task arithmetic with L1, λ x 10, minus dense", ["task_arithmetic-sparse"], ["task_arithmetic"]),
+    ("DPO then SFT-L1 minus DPO then SFT", ["dpo-sft-l1"], ["dpo-sft"]),
     ("task arithmetic with L1 minus DPO alone", ["task_arithmetic-l1"], ["dpo"]),
     ("DPO then SFT minus DPO alone (the tax on preference)", ["dpo-sft"], ["dpo"]),
     ("SFT then DPO minus SFT alone (the tax on tasks)", ["sft-dpo"], ["sft"]),

@@ -126,10 +126,11 @@ def test_controls_have_the_density_and_the_norm_of_what_they_control(pipeline: P
         return sparsity(read_adapter(pipeline.out / "adapters" / name)).overall.moments
 
     pruned = read_manifest(pipeline.out / "merges" / "pruned")
-    shrunk = read_manifest(pipeline.out / "merges" / "shrunk")
-    assert pruned and shrunk
+    assert pruned
     assert pruned["recipe"]["parameters"]["density"] == [pytest.approx(1 - moments("sft-l1").share_scaled), 1.0]
-    assert shrunk["recipe"]["weights"] == [pytest.approx(moments("sft-l1").frobenius / moments("sft").frobenius), 1.0]
+    shrunk = sparsity(read_adapter(pipeline.out / "rescaled" / "sft-as-sft-l1")).overall.moments
+    assert shrunk.frobenius == pytest.approx(moments("sft-l1").frobenius, rel=1e-6)
+    assert shrunk.l1 / shrunk.frobenius == pytest.approx(moments("sft").l1 / moments("sft").frobenius, rel=1e-6)
 
 
 def test_a_second_run_is_refused_and_resuming_keeps_what_is_finished(pipeline: Pipeline,
@@ -150,6 +151,26 @@ def test_resuming_remakes_what_a_changed_setting_touches(pipeline: Pipeline) -> 
     assert {name for name in merges if merged[name][1] != merges[name][1]} == {"ties-l1", "pruned", "shrunk"}
     assert pipeline("--resume", "-q") == 0  # and back: the same settings make the same bytes
     assert {name: hashed for name, (_, hashed) in pipeline.made("adapters").items()} == {n: h for n, (_, h) in adapters.items()}
+
+
+def test_overwrite_gives_the_old_run_back_when_the_new_one_fails(pipeline: Pipeline) -> None:
+    before = pipeline.made("adapters") | pipeline.made("merges")
+    assert pipeline("--overwrite", "--set", "defaults.sft.trainer.learning_rate=1e30") == 3
+    assert pipeline.made("adapters") | pipeline.made("merges") == before
+    assert [path.name for path in pipeline.out.parent.iterdir() if path.name.startswith(f".{pipeline.out.name}.")] == []
+
+
+@pytest.mark.parametrize(("setting", "told"), [
+    ("merge.ties.method=tise", "ties"), ("merge.ties.parameters={densty: 1}", "density"), ("merge.ties.weights=[1]", "weights"),
+    ("train.sft.trainer={max_step: 1}", "max_steps"), ("defaults.sft.model=x", "defaults.sft.model"),
+    ("evaluate.judge=demo", "judge"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_trained(pipeline: Pipeline, capsys: pytest.CaptureFixture[str],
+                                                                setting: str, told: str) -> None:
+    assert pipeline("-o", str(pipeline.out) + "-new", "--set", setting) == 2
+    said = capsys.readouterr().err
+    assert told in said and "training" not in said.replace("no training", "")
+    assert not Path(str(pipeline.out) + "-new").exists()
 
 
 def test_results_go_to_stdout_and_progress_to_stderr(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,8 +85,7 @@ def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
                      + (f"; sign conflicts {report['sign_conflicts']:.0%}" if report.get("sign_conflicts") is not None else ""))
     if "rounding" in report:
         lost = report["rounding"]
-        lines.append(f"after rounding to the output dtype: {lost['entries_surviving']:.1%} of the changed entries and "
-                     f"{lost['energy_surviving']:.1%} of their energy survive")
+        lines.append(f"rounding to the output dtype keeps {lost['entries_surviving']:.1%} of the changed entries")
     return [*lines, f"next: paft eval {out} --base BASE --sft-data ... --pref-data ..."]
 
 
