@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 
 class PaftError(Exception):
@@ -24,6 +26,10 @@ class PaftError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the hint: an error in a worker process is the user's error too."""
+        return partial(type(self), hint=self.hint), (self.message,)
 
 
 class UsageError(PaftError):

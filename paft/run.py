@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from paft import data, provenance
 from paft.adapter import concatenate, read_adapter, save_adapter
 from paft.evaluate import Evaluator, Held
 from paft.merge.engine import merge
-from paft.models import load_model, load_tokenizer, resolve_base, wrap
+from paft.models import device, free_cores, load_model, load_tokenizer, resolve_base, wrap
+from paft.parallel import run_graph
 from paft.progress import Progress, say
 from paft.recipe import RunRecipe
 from paft.report.headtohead import write_report
@@ -42,7 +44,7 @@ class Run:
     pref: Rows = field(default_factory=dict)
     text: list[data.Row] = field(default_factory=list)
     base_hash: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
+    workers: int = 1
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name
@@ -51,19 +53,27 @@ class Run:
         return self.out / "merges" / name
 
 
-def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
+        workers: int | None = None) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
+    ``workers``: how many trainings run side by side; None is one on a GPU or with a base of 100 MB or more, else one a core.
     Raises UsageError for a recipe that names unknown stages, MismatchError for a target that is not empty.
     """
     check(recipe)
     if not resume:
         provenance.check_target(out, overwrite=overwrite)
-    job = Run(recipe, out, quiet)
+    job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe))
     started = time.monotonic()
     _read_data(job)
     with provenance.set_aside(out, aside=overwrite and not resume):
         return _execute(job, started)
+
+
+def _default_workers(recipe: RunRecipe) -> int:
+    """A small model cannot use two cores for one training, but two trainings can; a large one fills the device alone."""
+    size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
+    return free_cores() if device() == "cpu" and size < 100e6 else 1
 
 
 def _execute(job: Run, started: float) -> dict[str, Any]:
@@ -127,19 +137,26 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train_all(job: Run) -> None:
-    todo = [name for name in job.recipe.train if not _is_done(job, name)]
-    made: set[str] = set()
+    needs: dict[str, str | None] = {}
     for name, stage in job.recipe.train.items():
-        if name not in todo and stage.on not in made:
+        if _is_done(job, name) and stage.on not in needs:
             say(f"  {name:<14} kept", quiet=job.quiet)
-            continue
-        spent = sum(job.seconds.values())
-        left = f", about {_minutes(spent / len(made) * (len(todo) - len(made)))} of training left" if made else ""
-        say(f"  {name:<14} training{left}", quiet=job.quiet)
-        manifest = train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, stage.objective),
-                         overwrite=True, quiet=job.quiet, label=name)
-        job.seconds[name] = manifest["wall_s"]
-        made.add(name)
+        else:
+            needs[name] = stage.on
+    started, made = time.monotonic(), []
+
+    def done(name: str, manifest: dict[str, Any]) -> None:
+        made.append(name)
+        left = (time.monotonic() - started) / len(made) * (len(needs) - len(made))
+        say(f"  {name:<14} {manifest['wall_s']:4.0f} s   loss {manifest['metrics'].get('task_loss', float('nan')):.3f}   "
+            f"{len(made)}/{len(needs)}" + (f", about {_minutes(left)} of training left" if left else ""), quiet=job.quiet)
+
+    run_graph(needs, partial(_train_one, job), workers=min(job.workers, max(1, len(needs))), done=done)
+
+
+def _train_one(job: Run, name: str) -> dict[str, Any]:
+    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, job.recipe.train[name].objective),
+                 overwrite=True, quiet=job.quiet or job.workers > 1, label=name)
 
 
 def _minutes(seconds: float) -> str:

@@ -64,7 +64,7 @@ class Pipeline:
         self.recipe.write_text(RECIPE.format(base=base, sft=sft, pref=pref, text=text))
 
     def __call__(self, *more: str) -> int:
-        return invoke(["run", str(self.recipe), "-o", str(self.out), *more])
+        return invoke(["run", str(self.recipe), "-o", str(self.out), "--workers", "1", *more])
 
     def report(self) -> dict[str, Any]:
         return json.loads((self.out / "report.json").read_text())
@@ -151,6 +151,13 @@ def test_resuming_remakes_what_a_changed_setting_touches(pipeline: Pipeline) -> 
     assert {name for name in merges if merged[name][1] != merges[name][1]} == {"ties-l1", "pruned", "shrunk"}
     assert pipeline("--resume", "-q") == 0  # and back: the same settings make the same bytes
     assert {name: hashed for name, (_, hashed) in pipeline.made("adapters").items()} == {n: h for n, (_, h) in adapters.items()}
+
+
+def test_two_workers_make_the_same_bytes(pipeline: Pipeline) -> None:
+    other = pipeline.out.with_name("side-by-side")
+    assert pipeline("-o", str(other), "--workers", "2", "-q") == 0
+    assert {p.name: content_hash(p) for p in (other / "adapters").iterdir()} == {
+        name: made for name, (_, made) in pipeline.made("adapters").items()}
 
 
 def test_overwrite_gives_the_old_run_back_when_the_new_one_fails(pipeline: Pipeline) -> None:

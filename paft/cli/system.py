@@ -20,11 +20,13 @@ from paft.recipe import RunRecipe, catalog, find, kind_of, load
 @options.set_option("model=org/name or seed=1")
 @options.out_option
 @click.option("--resume", is_flag=True, help="Keep finished stages whose inputs have not changed.")
+@click.option("--workers", type=click.IntRange(1), metavar="N",
+              help="Trainings side by side  [default: 1; one a core for a small base on CPU].")
 @options.dry_run
 @options.overwrite
 @options.common
-def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, dry_run: bool, as_json: bool,
-        quiet: bool, **_: Any) -> None:
+def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, workers: int | None, dry_run: bool,
+        as_json: bool, quiet: bool, **_: Any) -> None:
     """Run a pipeline: train, merge, evaluate, one table.
 
     RECIPE is `demo`, another recipe's name, or a path.
@@ -53,7 +55,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
         return
     say(f"paft run {resolved.name}: {len(resolved.train)} adapters, {len(resolved.merge)} merges, base {resolved.model}, "
         f"into {target}", quiet=quiet)
-    report = pipeline.run(resolved, target, overwrite=overwrite, resume=resume, quiet=quiet)
+    report = pipeline.run(resolved, target, overwrite=overwrite, resume=resume, quiet=quiet, workers=workers)
     if as_json:
         options.show(report, [], as_json=True)
     else:

@@ -1,0 +1,66 @@
+"""Independent jobs side by side: a small graph over worker processes, each with its share of the cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from paft.errors import ResourceError
+from paft.models import free_cores, quiet_libraries
+
+Done = Callable[[str, Any], None]
+
+
+def run_graph(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done) -> None:
+    """Call ``work(name)`` for every name, after the name it needs; ``done(name, result)`` is told of each, here, as it ends.
+
+    One worker: in this process, in the order given. More: that many processes, each with cores / workers threads; ``work`` must
+    pickle. The first error ends the others at once and is raised. Raises ResourceError when a worker is killed from outside.
+    """
+    if workers == 1:
+        for name in needs:
+            done(name, work(name))
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, free_cores() // workers)
+    with ProcessPoolExecutor(workers, context, _prepare, (threads,)) as pool:
+        try:
+            _drive(pool, needs, work, done)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise ResourceError("a worker process was killed, most often for lack of memory",
+                                    hint="pass --workers 1") from error
+            raise
+
+
+def _drive(pool: ProcessPoolExecutor, needs: Mapping[str, str | None], work: Callable[[str], Any], done: Done) -> None:
+    waiting, finished = dict(needs), set()
+    running: dict[Future[Any], str] = {}
+    while waiting or running:
+        for name in [name for name, before in waiting.items() if before is None or before in finished or before not in needs]:
+            running[pool.submit(work, name)] = name
+            del waiting[name]
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            name = running.pop(future)
+            done(name, future.result())
+            finished.add(name)
+
+
+def _prepare(threads: int) -> None:
+    """In a worker, before torch is imported: its share of threads; a terminated worker cleans up after itself."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    quiet_libraries()
+
+
+def _leave(*_: Any) -> None:
+    raise SystemExit(143)
