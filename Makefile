@@ -20,7 +20,7 @@ help:
 	@echo "make demo     train, merge and compare on the embedded base model"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff and pyright"
-	@echo "make bench    run benchmarks/bench_*.py"
+	@echo "make bench    make the tables of the README again (half an hour on 2 cores)"
 	@echo "make clean    remove caches, builds and unfinished outputs; keep $(VENV) and what was trained"
 
 install: $(STAMP)
@@ -47,7 +47,7 @@ lint: $(STAMP)
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@$(BIN)/python benchmarks/demo_table.py
 
 clean:
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

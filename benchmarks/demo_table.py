@@ -3,7 +3,8 @@
     python benchmarks/demo_table.py [-o DIR] [--seeds 0 1 2] [--models demo:a demo:b]
 
 Finished stages are kept, so a run that was stopped continues. Writes benchmarks/demo.md (the tables, and paired differences over
-all runs for the questions that the papers raise), benchmarks/demo.json (every number) and benchmarks/demo.png.
+all runs for the questions that the papers raise), benchmarks/demo.json (every number), benchmarks/demo.png, and the short table
+and the differences of the README, between its <!-- table --> marks.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from paft.run import run  # noqa: E402
 HERE = Path(__file__).parent
 METRICS = [column.key for column in COLUMNS if column.key != "name"]
 METHODS = ("linear", "task_arithmetic", "ties", "slerp", "dare_linear", "dare_ties")
+SHORT = ("base", "sft", "sft-l1", "dpo", "sft-dpo", "dpo-sft", "dpo-sft-l1", "mix", *METHODS, "task_arithmetic-l1",
+         "task_arithmetic-sparse", "ties-l1", "pruned", "shrunk", "l2")
+SHORT_METRICS = ("exact_match", "pref_accuracy", "ideal")
 
 # (question, rows of one side, rows of the other): the difference of means is paired within each run.
 QUESTIONS = [
@@ -80,6 +84,23 @@ def with_errors(columns: list[Column]) -> list[Column]:
     return [Column(c.key, c.header, c.format, c.help, f"{c.key}_se" if c.key != "name" else "") for c in columns]
 
 
+def short(reports: dict[str, list[dict[str, Any]]], differences: list[dict[str, Any]]) -> str:
+    """The README's part: four columns of each base for the rows that answer a question, and the paired differences."""
+    bases = {model: {row["id"]: row for row in averaged(found)} for model, found in reports.items()}
+    rows = []
+    for name in SHORT:
+        row = {"name": next(iter(bases.values()))[name]["name"]}
+        for model, found in bases.items():
+            row |= {f"{model} {key}": value for key, value in found[name].items() if isinstance(value, float)}
+        rows.append(row)
+    columns = [Column("name", "model")]
+    columns += [Column(f"{model} {c.key}", f"{model[-1]}: {c.header}", c.format, "", f"{model} {c.key}_se")
+                for model in bases for c in COLUMNS if c.key in SHORT_METRICS]
+    signs = [c for c in with_errors(COLUMNS) if c.key in ("name", *SHORT_METRICS)]
+    return "\n\n".join([to_markdown(rows, columns).strip(), "Paired differences over all runs (ideal distance: less is better):",
+                        to_markdown(differences, [Column("name", "difference"), *signs[1:]]).strip()])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, default=HERE / "out" / "demo_table")
@@ -102,6 +123,11 @@ def main() -> None:
                  + to_markdown(differences, with_errors(columns_of(differences))))
     (HERE / "demo.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (HERE / "demo.json").write_text(to_json({"reports": reports, "paired": differences}), encoding="utf-8")
+    readme = HERE.parent / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- /table -->")
+    made = short(reports, differences)
+    readme.write_text(f"{before}<!-- table -->\n{made}\n<!-- /table -->{after}", encoding="utf-8")
     rows = [row for row in averaged(reports[options.models[0]]) if row["group"] != "base"]
     tradeoff_figure(rows, HERE / "demo.png", x="exact_match", y="pref_accuracy", groups="group", xerr="exact_match_se",
                     yerr="pref_accuracy_se", title=f"{options.models[0]}, mean of {len(options.seeds)} seeds",

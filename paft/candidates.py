@@ -9,8 +9,8 @@ from typing import Any
 from paft import data, hub
 from paft.adapter import PATTERNS
 from paft.errors import UsageError
-from paft.evaluate import Evaluator, Held
-from paft.models import MODEL_FILES, load_model, load_tokenizer, wrap
+from paft.evaluate import Evaluator, Held, judge_of
+from paft.models import load_model, load_tokenizer, wrap
 from paft.progress import Progress
 
 
@@ -27,7 +27,8 @@ def score(names: list[str], *, base: str | None, sft_data: str | None, pref_data
     held = Held(*(data.load_rows(source, role) if source else [] for source, role in  # type: ignore[arg-type]
                   ((sft_data, "sft"), (pref_data, "pref"), (text, "text")))).head(rows)
     chat = any(isinstance(row.get("prompt"), list) for row in held.sft[:1] + held.pref[:1])
-    scorer = Evaluator(load_tokenizer(base or names[0], chat=chat), held, None, beta, batch_size, generate, None)
+    scorer = Evaluator(load_tokenizer(base or names[0], chat=chat), held, None, beta, batch_size, generate,
+                       judge_of(pref_data))
     found: list[dict[str, Any]] = []
     with Progress("evaluate", len(names) + bool(base), quiet=quiet) as show:
         if base:
@@ -44,7 +45,7 @@ def score(names: list[str], *, base: str | None, sft_data: str | None, pref_data
 
 def _adapter_base(name: str) -> str | None:
     """The base that an adapter names ("" if none), or None for a whole model."""
-    config = hub.resolve(name, kind="model or adapter", patterns=[*PATTERNS, *MODEL_FILES]) / "adapter_config.json"
+    config = hub.resolve(name, kind="model or adapter", patterns=[*PATTERNS, *hub.MODEL_FILES]) / "adapter_config.json"
     if not config.is_file():
         return None
     read = json.loads(Path(config).read_text())

@@ -5,14 +5,14 @@
     pref_accuracy  share of pairs with Δ > 0 (Δ = 0 counts one half, so the reference itself scores 0.5)
     text_loss      cross-entropy on neutral text: rises when the model forgets
     exact_match    share of greedy answers equal to the reference answer, white space aside
-    opener, fact, closer   what a programmatic judge finds in the greedy answers to preference prompts
+    opener, fact, closer   what the demo's judge finds in the greedy answers to the demo's preference prompts
 
 π_ref is the base for every candidate, whatever it was trained against, so that rows of one table can be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,17 @@ from torch import Tensor
 
 from paft.data import Row
 from paft.tokens import encode, prompt_ids
+
+Judge = Callable[[str, Row], Mapping[str, bool]]  # (answer, preference row) -> what is right about it
+
+
+def judge_of(source: str | None) -> Judge | None:
+    """The judge of a preference source's answers: the demo has one, other data none."""
+    if source is None or source.split(":")[:2] != ["demo", "pref"]:
+        return None
+    from paft.demo.judge import style
+
+    return style
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Evaluator:
     beta: float = 0.1
     batch_size: int = 64
     generate: int = 0
-    judge: str | None = None
+    judge: Judge | None = None
 
     def against(self, base: torch.nn.Module) -> Evaluator:
         """The same evaluator with ``base`` as the DPO reference."""
@@ -95,11 +106,9 @@ class Evaluator:
         if asked:
             texts = self.answers(model, asked)
             scores["exact_match"] = _mean(t.split() == _text(r["completion"]).split() for t, r in zip(texts, asked, strict=True))
-        if self.judge == "demo" and self.held.pref:
-            from paft.demo.judge import style
-
-            found = [style(t, r) for t, r in zip(self.answers(model, self.held.pref), self.held.pref, strict=True)]
-            scores.update({key: _mean(one[key] for one in found) for key in ("opener", "fact", "closer")})
+        if self.judge and self.held.pref:
+            found = [self.judge(t, r) for t, r in zip(self.answers(model, self.held.pref), self.held.pref, strict=True)]
+            scores.update({key: _mean(one[key] for one in found) for key in found[0]})
         return scores
 
     @torch.no_grad()

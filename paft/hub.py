@@ -9,6 +9,7 @@ from pathlib import Path
 from paft.errors import MismatchError, NotFoundError, UsageError, did_you_mean
 
 DEMO = Path(__file__).parent / "demo"
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

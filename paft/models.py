@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
 
 def free_cores() -> int:
     """Cores this process may use: its CPU affinity, cut to the container's quota (cgroup v2)."""
@@ -58,7 +56,7 @@ def device() -> str:
 
 def resolve_base(name: str) -> Path:
     """The directory of a base model; NotFoundError unless it holds a config."""
-    path = hub.resolve(name, kind="model", patterns=MODEL_FILES)
+    path = hub.resolve(name, kind="model", patterns=hub.MODEL_FILES)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise MismatchError(f"{name} is an adapter, not a base model", hint="pass its base as --model, and it as --on")
     if not (path / "config.json").is_file():

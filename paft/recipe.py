@@ -142,12 +142,11 @@ class Defaults(Strict):
 
 
 class Evaluation(Strict):
-    """What a run measures, and on which split. ``judge`` names a built-in programmatic judge (``demo``)."""
+    """What a run measures, and on which split."""
 
     split: Literal["validation", "test"] = "test"
     rows: Annotated[int, Field(gt=0)] | None = None
     generate: Annotated[int, Field(ge=0)] = 0
-    judge: Literal["demo"] | None = None
     batch_size: Annotated[int, Field(gt=0)] = 64
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from paft import data, provenance
 from paft.adapter import concatenate, read_adapter, save_adapter
-from paft.evaluate import Evaluator, Held
+from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
 from paft.models import device, free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import run_graph
@@ -164,6 +164,8 @@ def _minutes(seconds: float) -> str:
 
 
 def _merge_all(job: Run) -> None:
+    store = job.out / "merges.json"
+    keys = json.loads(store.read_text()) if store.is_file() else {}
     with Progress("merge", len(job.recipe.merge), quiet=job.quiet) as show:
         for done, (name, entry) in enumerate(job.recipe.merge.items(), 1):
             sources = [job.adapter(source) for source in entry.of]
@@ -175,12 +177,12 @@ def _merge_all(job: Run) -> None:
                 parameters["density"] = [max(kept, 1e-6), *[1.0] * (len(entry.of) - 1)]
             key = _key([entry.method, parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
                        *map(provenance.content_hash, sources))
-            note = job.merged(name) / "run.key"
-            if not (note.is_file() and note.read_text() == key and not provenance.verify(note.parent)):
+            if not (keys.get(name) == key and job.merged(name).is_dir() and not provenance.verify(job.merged(name))):
                 merge([str(source) for source in sources], base=job.recipe.model, method=entry.method, parameters=parameters,
                       weights=entry.weights, out=job.merged(name), dtype=job.recipe.merge_dtype, seed=job.recipe.seed,
                       overwrite=True)
-                note.write_text(key)
+                keys[name] = key
+                store.write_text(json.dumps(keys, indent=1))
             show(done, name)
 
 
@@ -202,13 +204,14 @@ def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
     held = Held(job.sft[said.split], job.pref[said.split], job.text).head(said.rows)
     store = job.out / "scores.json"
     cache = json.loads(store.read_text()) if store.is_file() else {}
-    beta = recipe.defaults.dpo.beta
+    beta, pref = recipe.defaults.dpo.beta, recipe.data.pref
+    source = pref if isinstance(pref, str) else getattr(pref, said.split) or pref.train
     context = [said.model_dump(), beta, job.base_hash, *map(data.content_hash, vars(held).values())]
     keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
     if not cache.keys() >= set(keys.values()):
         base = load_model(recipe.model)
         tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list))
-        score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, said.judge).against(base)
+        score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, judge_of(source)).against(base)
         with Progress("evaluate", len(keys), quiet=job.quiet) as show:
             for done, (name, key) in enumerate(keys.items(), 1):
                 if key not in cache:

@@ -59,9 +59,6 @@ def _check_rest(recipe: RunRecipe) -> None:
         assert isinstance(defaults, TrainRecipe)
         for key in sorted(defaults.model_fields_set & set(RUNS_OWN)):
             raise UsageError(f"defaults.{objective}.{key}: a run decides this itself", hint="remove it there")
-    pref = recipe.data.pref.train if isinstance(recipe.data.pref, Splits) else recipe.data.pref
-    if recipe.evaluate.judge == "demo" and not pref.startswith("demo:"):
-        raise UsageError("evaluate.judge: demo can only judge answers to the demo's preference prompts", hint="remove it")
 
 
 def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoRecipe | JointRecipe:

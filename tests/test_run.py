@@ -170,7 +170,6 @@ def test_overwrite_gives_the_old_run_back_when_the_new_one_fails(pipeline: Pipel
 @pytest.mark.parametrize(("setting", "told"), [
     ("merge.ties.method=tise", "ties"), ("merge.ties.parameters={densty: 1}", "density"), ("merge.ties.weights=[1]", "weights"),
     ("train.sft.trainer={max_step: 1}", "max_steps"), ("defaults.sft.model=x", "defaults.sft.model"),
-    ("evaluate.judge=demo", "judge"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_trained(pipeline: Pipeline, capsys: pytest.CaptureFixture[str],
                                                                 setting: str, told: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,12 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
     columns = columns_of(report["rows"])
     title = f"{report['name']}: {report['split']} split, seed {report['seed']}"
     print_table(console, report["rows"], columns, title, legend=True)
-    console.print("\n".join(["", *report["findings"], "One seed: small differences are noise."]), markup=False)
-    adapters = " ".join(str(out / "adapters" / name) for name in list(report["adapters"])[:3])
-    console.print(f"\n{out}: report.md, report.json, tradeoff.png, sparsity.png, adapters/, merges/  ({report['wall_s']:.0f} s)\n"
-                  f"next: paft sparsity-report {adapters}\n"
-                  f"      paft recipes show paft      # the same on your own model and data", markup=False)
+    click.echo("\n".join(["", *(textwrap.fill(line, 79, subsequent_indent="  ") for line in report["findings"]),
+                          "One seed: small differences are noise.", "",
+                          f"{out}: report.md, report.json, tradeoff.png, sparsity.png,",
+                          f"  adapters/, merges/  ({report['wall_s']:.0f} s)",
+                          f"next: paft sparsity-report {out / 'adapters' / next(iter(report['adapters']))}",
+                          "      paft recipes show paft    # the same on your own model and data"]))
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:

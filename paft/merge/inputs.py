@@ -13,8 +13,6 @@ from paft.delta import Delta, FullDelta, LoraDelta
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.provenance import content_hash
 
-MODEL_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -65,7 +63,7 @@ def _open(name: str) -> Adapter | Path:
         return read_adapter(name)
     if not (directory / "config.json").is_file():
         raise NotFoundError(f"{name} is neither an adapter nor a model: no {CONFIG}, no config.json")
-    return hub.resolve(name, kind="model", patterns=MODEL_PATTERNS)
+    return hub.resolve(name, kind="model", patterns=hub.MODEL_FILES)
 
 
 def _common_base(adapters: Sequence[Adapter], inputs: int) -> str:
@@ -89,7 +87,7 @@ def _base_reference(adapter: Adapter) -> str:
 
 def _find_base(reference: str, *, given: bool) -> Path:
     try:
-        return hub.resolve(reference, kind="base", patterns=MODEL_PATTERNS)
+        return hub.resolve(reference, kind="base", patterns=hub.MODEL_FILES)
     except NotFoundError as error:
         if given:
             raise

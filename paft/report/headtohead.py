@@ -26,9 +26,9 @@ COLUMNS = [
     Column("sft_loss", "SFT loss", ".2f", "held-out cross-entropy a token"),
     Column("dpo_loss", "DPO loss", ".2f", "held-out DPO loss against the base"),
     Column("pref_accuracy", "pref acc", ".2f", "held-out pairs ranked right"),
-    Column("opener", "open er", ".2f", "generated answers with a polite opener"),
+    Column("opener", "opener", ".2f", "generated answers with a polite opener"),
     Column("fact", "fact", ".2f", "... that state the true fact"),
-    Column("closer", "clo ser", ".2f", "... that end politely"),
+    Column("closer", "closer", ".2f", "... that end politely"),
     Column("text_loss", "text loss", ".2f", "cross-entropy on neutral text (forgetting)"),
     Column("ideal", "ideal dist", ".2f", "distance to the best SFT and DPO loss of this table; less is better"),
 ]
@@ -66,7 +66,9 @@ def rows_of(recipe: RunRecipe, scores: Mapping[str, Score]) -> list[dict[str, An
     """One row a candidate, in the recipe's order, with label, group and ideal distance."""
     distance = ideal_distances(scores)
     labels = {name: stage.label or name for name, stage in (*recipe.train.items(), *recipe.merge.items())}
-    return [{"name": labels.get(name, name), "id": name, "group": group_of(name, recipe), **score,
+    before = {name: {"on": stage.on, "after": recipe.train[stage.on].objective}
+              for name, stage in recipe.train.items() if stage.on}
+    return [{"name": labels.get(name, name), "id": name, "group": group_of(name, recipe), **before.get(name, {}), **score,
              **({"ideal": distance[name]} if name in distance else {})} for name, score in scores.items()]
 
 
@@ -79,8 +81,20 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not combined:
         return []
     combined.sort(key=lambda row: row["ideal"])
-    said = [f"Nearest to the ideal point: {combined[0]['name']} ({combined[0]['group']}), {combined[0]['ideal']:.2f} nats away."]
+    said = _taxes(rows)
+    said += [f"Nearest to the ideal point: {combined[0]['name']} ({combined[0]['group']}), {combined[0]['ideal']:.2f} nats away."]
     said += [f"Best {row['group']}: {row['name']} ({_brief(row)})." for row in combined]
+    return said
+
+
+def _taxes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each second stage cost the skill of the first, in the skill's own measure."""
+    by_id, said = {row["id"]: row for row in rows if "id" in row}, []
+    for row in rows:
+        first = by_id.get(row.get("on"))
+        key, name = ("pref_accuracy", "preference accuracy") if row.get("after") == "dpo" else ("exact_match", "exact match")
+        if first and key in row and key in first:
+            said.append(f"{row['name']}: {name} {first[key]:.2f} after {first['name']}, {row[key]:.2f} at the end.")
     return said
 
 
