@@ -137,8 +137,10 @@ def wrap(model: PreTrainedModel, adapter: str | Path) -> Any:
     if not (path / "adapter_config.json").is_file():
         raise NotFoundError(f"{adapter} is no adapter: it has no adapter_config.json")
     try:
-        return PeftModel.from_pretrained(model, str(path))
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        with warnings.catch_warnings():  # PEFT leaves what the file lacks at its random start, with a warning
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(path))
+    except (SafetensorError, RuntimeError, ValueError, OSError, UserWarning) as error:
         raise MismatchError(f"{adapter} does not fit this base: {_first_line(error)}") from error
 
 

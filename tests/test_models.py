@@ -102,3 +102,12 @@ def test_bases_and_adapters_are_not_mistaken_for_each_other(tiny_base: Path, mak
         resolve_base(str(adapter))
     with pytest.raises(NotFoundError, match="is no adapter"):
         wrap(load_model(str(tiny_base)), tiny_base)
+
+
+def test_an_adapter_with_a_missing_factor_is_refused(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path) -> None:
+    """PEFT would only warn and go on with a random factor."""
+    adapter = shutil.copytree(make_adapter(tiny_base, 1), tmp_path / "part")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), adapter / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match="does not fit"):
+        wrap(load_model(str(tiny_base)), adapter)
