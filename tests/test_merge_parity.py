@@ -16,8 +16,9 @@ from conftest import AdapterFactory
 from safetensors.torch import load_file
 
 from paft.merge import methods
+from paft.merge.drop import Drop, drop
 from paft.merge.engine import merge
-from paft.merge.ops import DIALECTS, DenseTensor, Drop, apply, drop
+from paft.merge.ops import DIALECTS, DenseTensor, apply
 
 SHAPE = (19, 31)
 WEIGHTS = [[1.0, 1.0], [0.3, 0.7], [2.0, 0.5]]

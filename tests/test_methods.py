@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from paft.errors import UsageError
 from paft.merge import methods
-from paft.merge.ops import DIALECTS, DenseTensor, Drop, apply, drop
+from paft.merge.drop import Drop, drop
+from paft.merge.ops import DIALECTS, DenseTensor, apply
 
 # (method, parameters): a row for each method and each dialect where it has them.
 TABLE: list[tuple[str, dict[str, Any]]] = [

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paft.errors import UsageError
-from paft.merge.ops import DIALECTS, DenseTensor, Drop, densities, dot, drop, find_dialect, total, trim
+from paft.merge.drop import Drop, drop
+from paft.merge.ops import DIALECTS, DenseTensor, densities, dot, find_dialect, total
+from paft.merge.trim import trim
 
 MERGEKIT, PAPER = DIALECTS["mergekit"], DIALECTS["paper"]
 

@@ -8,7 +8,6 @@ bit: sums are taken in float64 along rows and added exactly (`math.fsum`), and n
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,22 +113,7 @@ def dot(left: Tiled, right: Tiled) -> float:
     return total(left, lambda tile, start: tile.double() * right.tile(start, start + len(tile)).double())
 
 
-# Trimming by magnitude
-
-
-@dataclass(frozen=True)
-class Trim:
-    """Keep |x| > ``value``, and of |x| = ``value`` those up to the flat index ``last`` (None: all of them)."""
-
-    value: float
-    last: int | None = None
-
-    def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
-        size = tile.abs()
-        if self.last is None:
-            return tile * (size >= self.value)
-        index = flat_index(tile, start)
-        return tile * ((size > self.value) | ((size == self.value) & (index <= self.last)))
+# Filters
 
 
 def keep(tile: torch.Tensor, start: int) -> torch.Tensor:
@@ -137,108 +121,10 @@ def keep(tile: torch.Tensor, start: int) -> torch.Tensor:
     return tile
 
 
-def trim(delta: Tiled, density: float, dialect: Dialect) -> Filter:
-    """A filter that keeps the ``max(1, int(density·n))`` largest magnitudes of a tensor, equal ones in index order.
-
-    With the dialect's ``boundary`` it keeps ``int(density·n) + 1`` and every entry equal to the last of these.
-    """
-    size = delta.rows * delta.columns
-    if density >= 1 or size == 0:
-        return keep
-    if dialect.boundary:
-        return Trim(_select(delta, min(size, int(density * size) + 1))[0])
-    count = max(1, int(density * size))
-    value, above, equal = _select(delta, count)
-    if value == 0 or above + equal == count:  # zeros contribute nothing, kept or not
-        return Trim(value)
-    return Trim(value, _nth_equal(delta, value, count - above))
-
-
-def _select(delta: Tiled, count: int) -> tuple[float, int, int]:
-    """The ``count``-th largest magnitude, exactly; how many entries are larger; how many are equal.
-
-    Two passes: a histogram of the top 16 bits of |x| (ordered as |x| is), then the entries of the one bin that holds
-    the value. A bin is at most 1/128 of its value wide in float32, so it holds a small share of the entries.
-    """
-    histogram = torch.zeros(1 << 15, dtype=torch.int64)
-    for _, tile in tiles(delta):
-        histogram += torch.bincount(_top_bits(tile), minlength=1 << 15)
-    reached = histogram.flip(0).cumsum(0)
-    from_top = int(torch.searchsorted(reached, torch.tensor(count)))
-    chosen = (1 << 15) - 1 - from_top
-    above = int(reached[from_top] - histogram[chosen])
-    inside = torch.cat([tile.flatten().abs()[_top_bits(tile) == chosen] for _, tile in tiles(delta)])
-    value = inside.kthvalue(len(inside) - (count - above) + 1).values
-    return float(value), above + int((inside > value).sum()), int((inside == value).sum())
-
-
-def _top_bits(tile: torch.Tensor) -> torch.Tensor:
-    wide = tile.dtype == torch.float64
-    bits = tile.contiguous().flatten().view(torch.int64 if wide else torch.int32)
-    return (bits >> (48 if wide else 16)) & 0x7FFF
-
-
-def _nth_equal(delta: Tiled, value: float, count: int) -> int:
-    """The flat index of the ``count``-th entry whose magnitude is ``value``."""
-    for start, tile in tiles(delta):
-        where = (tile.flatten().abs() == value).nonzero().flatten()
-        if count <= len(where):
-            return start * delta.columns + int(where[count - 1])
-        count -= len(where)
-    raise AssertionError("the passes over a delta disagree")
-
-
 def flat_index(tile: torch.Tensor, start: int) -> torch.Tensor:
     """Each entry's index in the flattened tensor, int64, in the tile's shape."""
     first = start * tile.shape[1]
     return torch.arange(first, first + tile.numel()).view(tile.shape)
-
-
-# Dropping at random
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Keep each entry with probability ``density``, times ``scale``. Entry i is kept when hash(key + i·φ) <
-    density·2³².
-
-    The hash is SplitMix64's finaliser (Steele et al. 2014): a counter-based generator, so that the mask of an entry
-    depends on its key and index alone.
-    """
-
-    key: int
-    density: float
-    scale: float = 1.0
-
-    def mask(self, tile: torch.Tensor, start: int) -> torch.Tensor:
-        bits = flat_index(tile, start).mul_(_GOLDEN).add_(self.key)
-        bits ^= (bits >> 30) & ((1 << 34) - 1)  # int64 shifts copy the sign; the mask makes them logical
-        bits *= _MIX1
-        bits ^= (bits >> 27) & ((1 << 37) - 1)
-        bits *= _MIX2
-        bits ^= (bits >> 31) & ((1 << 33) - 1)
-        return ((bits >> 32) & 0xFFFFFFFF) < round(self.density * (1 << 32))
-
-    def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
-        return tile * self.scale * self.mask(tile, start)
-
-
-_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-
-
-def drop(delta: Tiled, density: float, seed: int, rescale: bool, dialect: Dialect) -> Filter:
-    """DARE's filter: drop entries at random, then restore the size by 1/density, or to the same L1 norm (mergekit)."""
-    if density >= 1:
-        return keep
-    digest = hashlib.sha256(f"{seed}\0{delta.key}".encode()).digest()
-    plain = Drop(int.from_bytes(digest[:8], "little", signed=True), density)
-    if not rescale:
-        return plain
-    if not dialect.l1:
-        return Drop(plain.key, density, 1 / density)
-    before = total(delta, lambda tile, start: tile.abs())
-    after = total(delta, lambda tile, start: tile.abs() * plain.mask(tile, start))
-    return Drop(plain.key, density, before / after if after else 1.0)
 
 
 # Combining
@@ -250,6 +136,21 @@ def weighted_sum(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> tor
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         out += part if weight == 1 else part * weight
     return out
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """The combination ``D = Σ c_i x_i``."""
+
+    coefficients: tuple[float, ...]
+
+    def __call__(self, parts: list[torch.Tensor], start: int) -> torch.Tensor:
+        return weighted_sum(parts, self.coefficients)
+
+
+def combine_linearly(coefficients: Sequence[float]) -> Plan:
+    """The plan of ``D = Σ c_i δ_i``, which is linear in the deltas."""
+    return Plan([keep] * len(coefficients), WeightedSum(tuple(coefficients)), coefficients)
 
 
 # Plain tensors, for tests and notebooks

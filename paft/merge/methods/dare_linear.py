@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paft.delta import Tiled
-from paft.merge.ops import PerAdapter, Plan, densities, divisor, drop, find_dialect, weighted_sum
+from paft.merge.drop import drop
+from paft.merge.ops import PerAdapter, Plan, WeightedSum, densities, divisor, find_dialect
 
 
 def dare_linear(
@@ -41,4 +42,4 @@ def dare_linear(
     shares = densities(density, len(deltas))
     filters = [drop(delta, share, seed, rescale, rules) for delta, share in zip(deltas, shares, strict=True)]
     scale = lambda_ / divisor(weights, normalize)
-    return Plan(filters, lambda parts, start: weighted_sum(parts, [scale * weight for weight in weights]))
+    return Plan(filters, WeightedSum(tuple(scale * weight for weight in weights)))

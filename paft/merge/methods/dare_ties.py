@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from paft.delta import Tiled
 from paft.merge.consensus import Consensus, consensus
-from paft.merge.ops import PerAdapter, Plan, densities, drop, find_dialect
+from paft.merge.drop import drop
+from paft.merge.ops import PerAdapter, Plan, densities, find_dialect
 
 
 def dare_ties(

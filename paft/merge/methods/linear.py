@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from paft.delta import Tiled
 from paft.errors import UsageError
-from paft.merge.methods.task_arithmetic import combine_linearly
-from paft.merge.ops import Plan
+from paft.merge.ops import Plan, combine_linearly
 
 
 def linear(deltas: Sequence[Tiled], weights: Sequence[float], *, normalize: bool = True) -> Plan:

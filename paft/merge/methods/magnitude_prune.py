@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paft.delta import Tiled
-from paft.merge.ops import DIALECTS, PerAdapter, Plan, densities, trim, weighted_sum
+from paft.merge.ops import DIALECTS, PerAdapter, Plan, WeightedSum, densities
+from paft.merge.trim import trim
 
 
 def magnitude_prune(
@@ -23,4 +24,4 @@ def magnitude_prune(
     """
     shares = densities(density, len(deltas))
     filters = [trim(delta, share, DIALECTS["peft"]) for delta, share in zip(deltas, shares, strict=True)]
-    return Plan(filters, lambda parts, start: weighted_sum(parts, [lambda_ * weight for weight in weights]))
+    return Plan(filters, WeightedSum(tuple(lambda_ * weight for weight in weights)))

@@ -11,8 +11,7 @@ import torch
 
 from paft.delta import Tiled
 from paft.errors import UsageError
-from paft.merge.methods.task_arithmetic import combine_linearly
-from paft.merge.ops import Plan, dot, keep, weighted_sum
+from paft.merge.ops import Plan, combine_linearly, dot, keep, weighted_sum
 
 
 def slerp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paft.delta import Tiled
-from paft.merge.ops import Plan, divisor, keep, weighted_sum
+from paft.merge.ops import Plan, combine_linearly, divisor
 
 
 def task_arithmetic(deltas: Sequence[Tiled], weights: Sequence[float], *, normalize: bool = False, lambda_: float = 1.0) -> Plan:
@@ -21,8 +21,3 @@ def task_arithmetic(deltas: Sequence[Tiled], weights: Sequence[float], *, normal
     """
     share = divisor(weights, normalize)
     return combine_linearly([lambda_ * weight / share for weight in weights])
-
-
-def combine_linearly(coefficients: list[float]) -> Plan:
-    """The plan of ``D = Σ c_i δ_i``."""
-    return Plan([keep] * len(coefficients), lambda parts, start: weighted_sum(parts, coefficients), coefficients)

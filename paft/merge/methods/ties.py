@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from paft.delta import Tiled
 from paft.merge.consensus import Consensus, consensus
-from paft.merge.ops import PerAdapter, Plan, densities, find_dialect, trim
+from paft.merge.ops import PerAdapter, Plan, densities, find_dialect
+from paft.merge.trim import trim
 
 
 def ties(
