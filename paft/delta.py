@@ -58,9 +58,9 @@ class Delta(Protocol):
 
 
 def tile_rows(columns: int, elements: int) -> int:
-    """Rows per tile: about ``elements`` entries, in whole blocks where that is possible."""
+    """Rows per tile: about ``elements`` entries, in whole blocks (up to four times ``elements``), as a part costs as much."""
     rows = max(1, elements // max(1, columns))
-    return rows if rows < BLOCK else rows // BLOCK * BLOCK
+    return rows // BLOCK * BLOCK or (BLOCK if 4 * rows >= BLOCK else rows)
 
 
 def spans(tensor: Tiled) -> Iterator[tuple[int, int]]:
@@ -98,6 +98,14 @@ class ProductTensor:
         for row in range(start, stop, BLOCK):
             end = min(row + BLOCK, stop)
             torch.mm(self.left[row:end], self.right, out=out[row - start : end - start])
+
+
+def fill(place: torch.Tensor, tensor: Tiled, start: int, stop: int) -> torch.Tensor:
+    """Rows ``start:stop`` of a tensor in ``place``; a product is computed there, which saves a copy."""
+    if isinstance(tensor, ProductTensor) and start % BLOCK == 0 and (stop % BLOCK == 0 or stop == tensor.rows):
+        tensor.into(place, start, stop)
+        return place
+    return place.copy_(tensor.tile(start, stop))
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
         raise UsageError("no adapters to merge", hint="paft merge ADAPTER ADAPTER --method ties -o DIR")
     out = given["out"] or Path("merges") / (file.stem if file else recipe.method)
 
-    from paft.models import quiet_libraries
+    from paft.models import set_threads
 
-    quiet_libraries()
+    set_threads()
     from paft.merge import engine
     from paft.progress import Progress
 

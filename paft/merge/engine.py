@@ -150,14 +150,17 @@ def merge(
     with output_dir(out, overwrite=overwrite) as scratch:
         report = {"method": method, "dialect": dialect, "parameters": resolved, "weights": weights, "seed": seed}
         report |= {"full": _write_full, "lora": _write_lora}[output_kind](job, scratch, steps)
-        origin, made = report.pop("hashes", None) or (content_hash(opened.base.path), None)
+        hashes = report.pop("hashes", None) or (content_hash(opened.base.path), None)
         report |= {"output_kind": output_kind, "wall_s": round(time.monotonic() - started, 3)}
-        hashes = [
-            {"name": name, "content_sha256": delta.content_hash} for name, delta in zip(opened.names, opened.deltas, strict=True)
-        ]
-        write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=seed, inputs=hashes, content_sha256=made,
-                       base={"name": opened.base_name, "content_sha256": origin}, metrics=report)
+        _record(job, scratch, report, *hashes)
     return report | {"out": str(out)}
+
+
+def _record(job: Job, scratch: Path, report: dict[str, Any], base_hash: str, content: str | None) -> None:
+    named = zip(job.inputs.names, job.inputs.deltas, strict=True)
+    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, content_sha256=content, metrics=report,
+                   base={"name": job.inputs.base_name, "content_sha256": base_hash},
+                   inputs=[{"name": name, "content_sha256": delta.content_hash} for name, delta in named])
 
 
 def _write_full(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
@@ -233,6 +236,7 @@ def _estimate(job: Job) -> dict[str, Any]:
     changed = sorted((entries[name] for name in job.touched), key=lambda entry: entry.rows * entry.columns)
     size = sum(entry.rows * entry.columns for entry in changed)
     sample = changed[len(changed) // 2]
+    list(job.merged(sample, partial(job.inputs.base.tile, sample.name), Tally(job.inputs.names)))  # kernels are loaded
     started = time.monotonic()
     for _ in job.merged(sample, partial(job.inputs.base.tile, sample.name), Tally(job.inputs.names)):
         pass

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paft.delta import ProductTensor, Tiled
+from paft.delta import ProductTensor, Tiled, fill, spans
 from paft.merge.ops import tiles
 
 FUSED_FROM = 1 << 17  # entries; below this the plain form is done before numba is loaded
-_SAMPLE = (1 << 14, 1 << 18)  # least and most entries that are looked at to guess the answer
+_SAMPLE = (1 << 14, 1 << 17)  # least and most entries that are looked at to guess the answer
 _SLACK = 2.2  # standard errors of the median of a sample are 1/(2√m) of the ranks; this many halves more to each side
 
 
@@ -75,27 +75,29 @@ def between(delta: Tiled, count: int) -> Selection | None:
     """One pass: a sample says between which magnitudes the answer lies; the pass counts what is larger and collects
     what lies between. None when the sample misled.
     """
-    from paft.merge.kernels import collect
+    from paft.merge.collect import collect
 
     size = delta.rows * delta.columns
     sample = _sample(delta, size // min(max(size // 32, _SAMPLE[0]), _SAMPLE[1])).abs_().numpy()
     slack = _SLACK / len(sample) ** 0.5
     low, high = _quantiles(sample, 1 - count / size - slack, 1 - count / size + slack)
-    sizes = np.empty(int(size * 3 * slack) + 4096, np.float32)
+    sizes = np.empty(int(size * 3 * slack) + 4096 + delta.columns, np.uint32)
     places = np.empty(len(sizes), np.int64)
     above = filled = 0
-    for start, tile in tiles(delta):
-        more, filled = collect(tile.numpy(), low, high, start * delta.columns, sizes, places, filled)
+    buffer = torch.empty(min(delta.step, delta.rows), delta.columns)
+    for start, stop in spans(delta):
+        tile = fill(buffer[: stop - start], delta, start, stop).numpy().view(np.uint32)
+        more, filled = collect(tile, low, high, start * delta.columns, sizes, places, filled)
         above += more
         if filled > len(sizes):
             return None
     if not above < count <= above + filled:
         return None
-    return _among(torch.from_numpy(sizes[:filled]), torch.from_numpy(places[:filled]), above, count)
+    return _among(torch.from_numpy(sizes[:filled].view(np.float32)), torch.from_numpy(places[:filled]), above, count)
 
 
-def _quantiles(sample: np.ndarray, low: float, high: float) -> tuple[np.float32, np.float32]:
-    """The quantiles of a sample (which is reordered), open where they lie outside it."""
+def _quantiles(sample: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Two quantiles of a sample (which is reordered) as bits, open where they lie outside it."""
     ends = [int(min(max(share, 0), 1) * (len(sample) - 1)) for share in (low, high)]
     sample.partition(ends)
-    return np.float32(sample[ends[0]] if low > 0 else 0), np.float32(sample[ends[1]] if high < 1 else np.inf)
+    return np.array([sample[ends[0]] if low > 0 else 0, sample[ends[1]] if high < 1 else np.inf], np.float32).view(np.uint32)

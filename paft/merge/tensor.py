@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from paft.checkpoint import FLOATS, Entry
-from paft.delta import BLOCK, ProductTensor, Tiled, tile_rows
+from paft.delta import Tiled, fill, tile_rows
 from paft.errors import MismatchError
 from paft.merge.ops import Plan
 from paft.merge.select import FUSED_FROM
@@ -75,7 +75,7 @@ def _fused(entry: Entry, tensors: Sequence[Tiled], plan: Plan, dtype: torch.dtyp
     def tile(start: int, stop: int, weight: torch.Tensor) -> torch.Tensor | None:
         rows = stack[:, : stop - start]
         for place, tensor in zip(rows[:count], tensors, strict=True):
-            _fill(place, tensor, start, stop)
+            fill(place, tensor, start, stop)
         counts[:] = 0
         sums = fused(rows[:count].numpy(), start, rows[count].numpy(), _numpy(weight), counts)
         if sums is None:
@@ -84,13 +84,6 @@ def _fused(entry: Entry, tensors: Sequence[Tiled], plan: Plan, dtype: torch.dtyp
         return weight
 
     return tile
-
-
-def _fill(place: torch.Tensor, tensor: Tiled, start: int, stop: int) -> None:
-    if isinstance(tensor, ProductTensor) and start % BLOCK == 0 and (stop % BLOCK == 0 or stop == tensor.rows):
-        tensor.into(place, start, stop)
-    else:
-        place.copy_(tensor.tile(start, stop))
 
 
 def _numpy(weight: torch.Tensor):  # numpy knows no bfloat16
