@@ -117,7 +117,6 @@ def _watch(folder: Path, most: list[int], ended: threading.Event) -> None:
 
 def errors(checkpoint: Path, out: Path) -> dict[str, float]:
     """Relative Frobenius error of the merged delta against float64, for the output and for the exact merge rounded once."""
-    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -135,6 +134,12 @@ def errors(checkpoint: Path, out: Path) -> dict[str, float]:
         rounded += float(((base.double() + exact).to(base.dtype).double() - base.double() - exact).square().sum())
         size += float(exact.square().sum())
     return {"error": (found / size) ** 0.5, "rounding_alone": (rounded / size) ** 0.5}
+
+
+def apart(checkpoint: Path, out: Path) -> dict[str, float]:
+    """`errors` in a process of its own: a child's peak memory counts that of the process which forked it."""
+    line = [sys.executable, __file__, str(checkpoint), "--errors-of", str(out)]
+    return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
 
 
 def ties(deltas: list[Any]) -> Any:
@@ -165,7 +170,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--work", type=Path, default=None, help="where outputs are written, and removed")
     parser.add_argument("-o", "--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--errors-of", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.errors_of:
+        print(json.dumps(errors(options.checkpoint, options.errors_of)))
+        return
     work = Path(tempfile.mkdtemp(prefix="paft-bench-", dir=options.work))
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in options.tools}
     try:
@@ -173,7 +182,7 @@ def main() -> None:
             for tool in options.tools:
                 runs[tool].append(run(tool, options.checkpoint, work))
                 if tool != "copy" and "error" not in runs[tool][0]:
-                    runs[tool][0] |= errors(options.checkpoint, work / "out")
+                    runs[tool][0] |= apart(options.checkpoint, work / "out")
                 print(json.dumps(runs[tool][-1]), file=sys.stderr)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -182,12 +191,13 @@ def main() -> None:
 
 def report(checkpoint: Path, runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
     rows = []
-    for tool, found in runs.items():
+    for found in runs.values():
         middle = {key: statistics.median(one[key] for one in found) for key in ("wall_s", "cpu_s", "rss_bytes", "scratch_bytes")}
         rows.append({**found[0], **middle, "runs": [round(one["wall_s"], 2) for one in found]})
     floor = next((row["wall_s"] for row in rows if row["tool"] == "copy"), None)
     lines = [f"{checkpoint.name}: TIES, density {DENSITY}, two adapters; {os.cpu_count()} cores", "",
-             "| tool | wall s | x copy | CPU s | peak RSS GB | scratch GB | error of the delta |", "|---|---:|---:|---:|---:|---:|---:|"]
+             "| tool | wall s | x copy | CPU s | peak RSS GB | scratch GB | error of the delta |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
         error = f"{row['error']:.3g} (rounding alone {row['rounding_alone']:.3g})" if "error" in row else "-"
         ratio = f"{row['wall_s'] / floor:.1f}" if floor else "-"
