@@ -19,20 +19,23 @@ from typing import Any
 
 import torch
 
-from paft.card import adapter_card, model_card
+from paft.card import model_card
 from paft.checkpoint import FLOATS, Entry
-from paft.delta import TILE_ELEMENTS, BaseTensor, Tiled, ZeroTensor, tile_rows
+from paft.delta import TILE_ELEMENTS, BaseTensor, ProductTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import MismatchError, UsageError, did_you_mean
 from paft.merge import methods, writer
+from paft.merge.deltas import Source
 from paft.merge.inputs import Inputs, open_inputs
-from paft.merge.lora import write_lora
+from paft.merge.lowrank import Budget
+from paft.merge.merged import Merged, products
 from paft.merge.ops import Plan
+from paft.merge.outputs import find_budget, preview, write_output
 from paft.merge.tally import Tally
 from paft.provenance import check_target, content_hash, output_dir, write_manifest
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
-OUTPUT_KINDS = ("full", "lora")
+OUTPUT_KINDS = ("full", "lora", "delta")
 _COPY_RATE = 1e9  # bytes per second that a plain disk writes, for estimates
 _IMPORTS = 400e6  # bytes of memory that Python with torch takes before any work
 
@@ -50,6 +53,7 @@ class Job:
     dtype: torch.dtype | None
     output_kind: str
     elements: int
+    budget: Budget | None = None
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
 
@@ -73,11 +77,11 @@ class Job:
         function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base)
         return function(self.tensors(name) if tensors is None else tensors, self.weights)
 
-    def check_parameters(self) -> None:
+    def check_parameters(self) -> Plan:
         """Let the method refuse values (a density of 2, three adapters for SLERP) before any tensor is read."""
         none = ZeroTensor(1, 1, 1)
         function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=none)
-        function([none] * len(self.weights), self.weights)
+        return function([none] * len(self.weights), self.weights)
 
     def merged(self, entry: Entry, tally: Tally) -> Iterator[torch.Tensor]:
         """The merged row tiles of one tensor in the output type; raises MismatchError when the type overflows."""
@@ -102,6 +106,19 @@ class Job:
             tally.rounded(delta, out.to(wide.dtype) - wide)
             yield out
 
+    def source(self) -> Source:
+        """The merged delta itself, tensor by tensor, for the outputs that are no whole model."""
+        opened, linear = self.inputs, self.check_parameters().coefficients is not None
+
+        def merged(name: str) -> Merged:
+            tensors = self.tensors(name)
+            return Merged(tensors, self.plan(name, tensors))
+
+        def summed(name: str) -> list[ProductTensor] | None:
+            return products(self.tensors(name)) if linear else None
+
+        return Source(opened.base, opened.reference, opened.touched(), merged, summed, opened.deltas, opened.adapters)
+
     def recipe(self) -> dict[str, Any]:
         """The merge as a recipe that says everything, for ``paft.json`` and the card."""
         return {
@@ -114,6 +131,7 @@ class Job:
             "base": self.inputs.base_name,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "output_kind": self.output_kind,
+            **({} if self.budget is None else self.budget.named()),
             "seed": self.seed,
         }
 
@@ -130,6 +148,8 @@ def merge(
     dtype: str | None = None,
     seed: int = 0,
     output_kind: str = "full",
+    rank: int | None = None,
+    max_error: float | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -138,8 +158,9 @@ def merge(
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
     ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. ``weights`` is one
-    number per input, 1 each by default. ``dtype`` None keeps the base's. ``tile_elements`` bounds the memory and
-    changes no byte. Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a
+    number per input, 1 each by default. ``dtype`` None keeps the base's. ``rank`` or ``max_error`` cut an adapter
+    (``output_kind`` lora) and are needed where the method is not linear in the deltas. ``tile_elements`` bounds the
+    memory and changes no byte. Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a
     target that is not empty, NotFoundError, ResourceError; the target is then as it was.
     """
     out = Path(out)
@@ -149,24 +170,31 @@ def merge(
     resolved = methods.resolve(method, parameters, dialect)
     _known("output kind", output_kind, OUTPUT_KINDS)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
+    budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs(inputs, base)
-    job = Job(opened, method, resolved, weights, dialect, seed, kind, output_kind, tile_elements)
+    job = Job(opened, method, resolved, weights, dialect, seed, kind, output_kind, tile_elements, budget)
     job.check_parameters()
     _check_apart(out, [opened.base.path, *opened.paths])
     if dry_run:
         return _estimate(job)
-    started = time.monotonic()
     steps = _Steps(progress, len(opened.base.entries))
     with output_dir(out, overwrite=overwrite) as scratch:
-        report = {"method": method, "dialect": dialect, "parameters": resolved, "weights": weights, "seed": seed}
-        report |= {"full": _write_full, "lora": _write_lora}[output_kind](job, scratch, steps)
-        report |= {"output_kind": output_kind, "wall_s": round(time.monotonic() - started, 3)}
-        hashes = [
-            {"name": name, "content_sha256": delta.content_hash} for name, delta in zip(opened.names, opened.deltas, strict=True)
-        ]
-        origin = {"name": opened.base_name, "content_sha256": content_hash(opened.base.path)}
-        write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=seed, base=origin, inputs=hashes, metrics=report)
+        report = _write(job, scratch, steps)
     return report | {"out": str(out)}
+
+
+def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
+    """The output with its manifest; returns the report."""
+    started, opened = time.monotonic(), job.inputs
+    origin = {"name": opened.base_name, "content_sha256": content_hash(opened.base.path)}
+    report = {"method": job.method, "dialect": job.dialect, "parameters": job.parameters, "weights": job.weights}
+    report |= _write_full(job, scratch, steps) if job.output_kind == "full" else _write_part(job, scratch, steps, origin)
+    report |= {"seed": job.seed, "output_kind": job.output_kind, "wall_s": round(time.monotonic() - started, 3)}
+    hashes = [{"name": name, "content_sha256": d.content_hash} for name, d in zip(opened.names, opened.deltas, strict=True)]
+    write_manifest(
+        scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, base=origin, inputs=hashes, metrics=report
+    )
+    return report
 
 
 def _write_full(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
@@ -185,14 +213,14 @@ def _write_full(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
     return {**tally.report(), "tensors": {"merged": len(job.touched), "copied": copied}, "bytes": moved}
 
 
-def _write_lora(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
+def _write_part(job: Job, scratch: Path, steps: _Steps, origin: dict[str, Any]) -> dict[str, Any]:
     steps.total = len(job.touched)
-    report = write_lora(job.inputs, scratch, job.plan, steps)
     title = f"{' + '.join(job.inputs.names)} ({job.method})"
-    card = adapter_card(title, base=job.inputs.base_name, recipe=job.recipe())
-    (scratch / "README.md").write_text(card, encoding="utf-8")
-    adapters = [{"name": name} for name in job.inputs.names]
-    return {**report, "adapters": adapters, "tensors": {"merged": len(job.touched), "copied": 0}}
+    report = write_output(
+        job.output_kind, job.source(), scratch, title=title, recipe=job.recipe(), budget=job.budget, dtype=job.dtype,
+        seed=job.seed, base=origin, progress=steps,
+    )  # fmt: skip
+    return {**report, "adapters": [{"name": name} for name in job.inputs.names]}
 
 
 class _Steps:
@@ -250,10 +278,14 @@ def _estimate(job: Job) -> dict[str, Any]:
     )
     factors = sum(f.A.nbytes + f.B.nbytes for adapter in job.inputs.adapters for f in adapter.factors.values())
     tile = max((tile_rows(entry.columns, job.elements) * entry.columns for entry in changed), default=0)
+    counts = {"merged": len(changed), "copied": len(entries) - len(changed)}
+    if job.output_kind != "full":
+        part = preview(job.output_kind, job.source(), job.budget, job.dtype)
+        counts, written = part["tensors"], part["written"]
     return {
         "dry_run": True,
         "recipe": job.recipe(),
-        "tensors": {"merged": len(changed), "copied": len(entries) - len(changed)},
+        "tensors": counts,
         "bytes": {"read": read, "written": written},
         "seconds": round(rate * size + written / _COPY_RATE, 2),
         "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.weights) + 12)),
