@@ -24,18 +24,19 @@ max_error_option = click.option("--max-error", type=float, metavar="E",
 @click.option("--to-lora", is_flag=True, help="A PEFT adapter instead of a delta file.")
 @rank_option
 @max_error_option
+@click.option("--partial", is_flag=True, help="Leave out what an adapter cannot hold (norms, biases), as an error.")
 @options.dry_run
 @options.overwrite
 @options.common
 def delta(source: str, **given: Any) -> None:
-    """Write what an adapter or a fine-tuned model adds to its base.
+    """Write what an adapter or a model adds to its base.
 
     A delta file is exact, stored in the smallest form, and an input of `paft merge`.
 
     \b
     paft delta adapters/sft --keep-largest 0.1
     paft delta org/tuned --base org/base -o merges/tuned-delta
-    paft delta org/tuned --base org/base --to-lora --rank 32
+    paft delta org/tuned --base org/base --to-lora --rank 32 --partial
     """
     out = given["out"] or Path("merges") / f"{Path(source.partition('@')[0]).name}-{'lora' if given['to_lora'] else 'delta'}"
 
@@ -50,7 +51,7 @@ def delta(source: str, **given: Any) -> None:
             bar.total = total
             bar(done, name)
 
-        keys = ("base", "dtype", "to_lora", "rank", "max_error", "overwrite", "dry_run")
+        keys = ("base", "dtype", "to_lora", "partial", "rank", "max_error", "overwrite", "dry_run")
         prune = Prune(given["keep_largest"], given["threshold"])
         report = extract(source, out=out, prune=prune, progress=progress, **{key: given[key] for key in keys})
     options.show(report, _plan_lines(report, out) if given["dry_run"] else result_lines(report, out), as_json=given["as_json"])

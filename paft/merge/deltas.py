@@ -42,7 +42,7 @@ class Source:
 
     ``tensor`` plans and so may pass over the inputs; ``products`` says, without that, which products D is a sum of
     (None where it is no such sum). ``reference`` is the base as the user named it; ``deltas`` and ``adapters`` are the
-    opened inputs.
+    opened inputs. ``partial`` lets an adapter leave out what it cannot hold, as a part of its error.
     """
 
     base: Checkpoint
@@ -52,6 +52,7 @@ class Source:
     products: Callable[[str], list[ProductTensor] | None]
     deltas: Sequence[Delta]
     adapters: Sequence[Adapter]
+    partial: bool = False
 
 
 @dataclass(frozen=True)

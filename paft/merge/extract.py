@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def extract(
     prune: Prune = Prune(),
     dtype: str | None = None,
     to_lora: bool = False,
+    partial: bool = False,
     rank: int | None = None,
     max_error: float | None = None,
     seed: int = 0,
@@ -77,24 +78,27 @@ def extract(
 ) -> dict[str, Any]:
     """Write the delta of one input into ``out`` and return a report; with ``dry_run`` what would be written.
 
-    ``relative_error`` is ‖δ - written‖ / ‖δ‖. Raises UsageError for options that exclude each other, and what
-    `open_inputs`, `write_delta` and `write_lora` raise; the target is then as it was.
+    ``partial`` lets a LoRA leave out what it cannot hold. ``relative_error`` is ‖δ - written‖ / ‖δ‖. Raises UsageError
+    for options that exclude each other, and what `open_inputs`, `write_delta` and `write_lora` raise; the target is
+    then as it was.
     """
     check_target(out, overwrite=overwrite)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"there is no dtype {dtype!r}", hint=did_you_mean(dtype, DTYPES))
     if to_lora and prune:
         raise UsageError("pruning and --to-lora exclude each other", hint="an adapter is not sparse; give --rank or --max-error")
+    if partial and not to_lora:
+        raise UsageError("--partial is for --to-lora", hint="a delta file holds every tensor")
     kind, output_kind = DTYPES.get(dtype or ""), "lora" if to_lora else "delta"
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs([name], base)
     for path in (opened.base.path, *opened.paths):
         if path.resolve().is_relative_to(out.resolve()):
             raise MismatchError(f"{out} holds an input of this command", hint="choose another -o DIR")
-    source = _source(opened, prune, tile_elements)
-    asked = prune.named() | {"dtype": dtype, "to_lora": to_lora or None} | (budget.named() if budget else {})
+    source = replace(_source(opened, prune, tile_elements), partial=partial)
+    asked = {**prune.named(), "dtype": dtype, "to_lora": to_lora, "partial": partial, **(budget.named() if budget else {})}
     recipe = {"kind": "delta", "input": opened.names[0], "base": opened.base_name}
-    recipe |= {key: value for key, value in asked.items() if value is not None}
+    recipe |= {key: value for key, value in asked.items() if value}
     if dry_run:
         found = preview(output_kind, source, budget, kind)
         return {"dry_run": True, "recipe": recipe, "tensors": found["tensors"], "bytes": {"written": found["written"]}}

@@ -22,7 +22,7 @@ from paft.errors import MismatchError, UsageError
 from paft.hub import split_revision
 from paft.merge.deltas import NOTHING, Source
 from paft.merge.lowrank import Budget, low_rank
-from paft.merge.ops import tiles
+from paft.merge.ops import tiles, total
 from paft.merge.places import Place, find_places
 from paft.merge.tensorfile import TensorFile, header_room
 
@@ -44,11 +44,11 @@ def check_lora(source: Source, budget: Budget | None) -> dict[str, Place]:
                 raise UsageError(
                     f"this delta is not of low rank ({name})", hint="give --rank N or --max-error E, or use --output-kind full"
                 )
-        elif any(bool(tile.any()) for _, tile in tiles(source.tensor(name))):
+        elif not source.partial and any(bool(tile.any()) for _, tile in tiles(source.tensor(name))):
             why = place.why_not if place else "no weight of a linear layer or an embedding"
             raise MismatchError(
                 f"LoRA cannot hold the change of {name}: {why}",
-                hint="a delta file holds it (`paft delta`, `paft merge --output-kind delta`), and so does a full model",
+                hint="a delta file or a full model holds it; `paft delta --to-lora --partial` leaves it out and counts the error",
             )
     return {name: place for name, place in places.items() if place.why_not is None}
 
@@ -58,19 +58,24 @@ def write_lora(
 ) -> dict[str, Any]:
     """Write the delta as an adapter that ``PeftModel.from_pretrained`` loads, and return a report.
 
-    The report has the ``rank`` of most modules, and of each tensor and of all the relative error ‖ΔW - BA‖ / ‖ΔW‖.
-    Raises as `check_lora`, and MismatchError for a delta that is zero everywhere.
+    The report has the ``rank`` of most modules, and of each tensor and of all the relative error ‖ΔW - BA‖ / ‖ΔW‖;
+    ``left_out`` are tensors that change but that LoRA cannot hold, all of them error (with `Source.partial`). Raises as
+    `check_lora`, and MismatchError for a delta that is zero everywhere.
     """
     places = check_lora(source, budget)
     ranks: dict[str, int] = {}
     tensors: dict[str, dict[str, Any]] = {}
-    energy, lost, dense = [], [], 0
+    energy, lost, left_out, dense = [], [], [], 0
     room = header_room([f"base_model.model.{place.module}.lora_embedding_A" for place in places.values() for _ in range(2)])
     with TensorFile(out / WEIGHTS, room) as file:
         for name in source.names:
             tensor = source.tensor(name)
             found = low_rank(name, tensor, budget, seed) if name in places else None
             progress(name)
+            if name not in places and (square := total(tensor, lambda tile, start: tile.double().square())):
+                left_out.append(name)
+                energy.append(square)
+                lost.append(square)
             if found is None:
                 continue
             for key, factor in places[name].factors(found.left, found.right).items():
@@ -91,7 +96,8 @@ def write_lora(
         "relative_error": math.sqrt(math.fsum(lost) / math.fsum(energy)),
         "merged_norm": math.sqrt(math.fsum(energy)),
         "modules": tensors,
-        "tensors": {"merged": len(tensors), "unchanged": len(source.names) - len(tensors)},
+        "left_out": left_out,
+        "tensors": {"merged": len(tensors), "unchanged": len(source.names) - len(tensors) - len(left_out)},
         "bytes": {"written": file.position, "dense": dense},
     }
 
