@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,18 @@ def test_options_that_do_not_fit_are_refused(case: str, dry_run: bool, pair: lis
     with pytest.raises(UsageError, match=message):
         run(pair, tmp_path / "out", dry_run=dry_run, **options)
     assert not list(tmp_path.glob("[!b]*"))
+
+
+def test_an_architecture_that_transformers_does_not_know(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    """The adapters' own names place the modules; the delta of a whole model cannot be placed."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({"model_type": "in-house"}))
+    run(pair, tmp_path / "lora", "linear", base=str(base), output_kind="lora")
+    run(pair, tmp_path / "known", "linear", output_kind="lora")
+    assert (tmp_path / "lora" / WEIGHTS).read_bytes() == (tmp_path / "known" / WEIGHTS).read_bytes()
+    run(pair, tmp_path / "tuned", "linear", base=str(base))
+    with pytest.raises(MismatchError, match="LoRA cannot hold the change of model"):
+        extract(str(tmp_path / "tuned"), base=str(base), out=tmp_path / "no", to_lora=True, rank=2)
 
 
 def test_a_zero_delta_is_no_adapter(pair: list[Path], tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ class DeltaFile:
         self.tensors: dict[str, dict[str, Any]] = config.get("tensors") or {}
         if not isinstance(self.tensors, dict) or not self.tensors:
             raise MismatchError(f"{path.name} is empty: it holds no delta")
-        self.arrays = {entry.name: entry for file in _files(path) for entry in read_entries(file)}
+        self.arrays: dict[str, Entry] = {}
+        for entry in (entry for file in _files(path) for entry in read_entries(file)):
+            if entry.name in self.arrays:
+                raise MismatchError(f"{path} holds the array {entry.name} twice", hint=_AGAIN)
+            self.arrays[entry.name] = entry
         used = {name + part for name, about in self.tensors.items() for part in self._check(name, about, base)}
         for name in sorted(self.arrays.keys() - used):
             raise MismatchError(f"{path.name}: array {name} belongs to no tensor of {CONFIG}", hint=_AGAIN)

@@ -45,7 +45,7 @@ def check_lora(source: Source, budget: Budget | None) -> dict[str, Place]:
                     f"this delta is not of low rank ({name})", hint="give --rank N or --max-error E, or use --output-kind full"
                 )
         elif not source.partial and any(bool(tile.any()) for _, tile in tiles(source.tensor(name))):
-            why = place.why_not if place else "no weight of a linear layer or an embedding"
+            why = place.why_not if place else "no linear layer or embedding that transformers knows"
             raise MismatchError(
                 f"LoRA cannot hold the change of {name}: {why}",
                 hint="a delta file or a full model holds it; `paft delta --to-lora --partial` leaves it out and counts the error",
