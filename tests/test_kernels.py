@@ -12,7 +12,7 @@ import torch
 
 from paft.checkpoint import Entry
 from paft.delta import BLOCK, ProductTensor, Tiled
-from paft.merge import select, tensor
+from paft.merge import merged, select, tensor
 from paft.merge.consensus import Consensus
 from paft.merge.drop import Drop
 from paft.merge.methods import bind, resolve
@@ -84,6 +84,17 @@ def test_a_fused_merge_has_the_bytes_of_the_plain_one(method: str, count: int, p
         said.entries, said.before, said.after, said.conflicts, said.nonzero, said.survived)
     for mine, theirs in zip(told.squares, said.squares, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("method", "count", "parameters", "dialect"), CASES, ids=lambda value: str(value))
+def test_the_merged_delta_alone_has_the_same_bits(method: str, count: int, parameters: dict[str, Any], dialect: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = products(count)
+    plan = bind(method, resolve(method, parameters, dialect), dialect=dialect, seed=3)(deltas, [1.0] * count)
+    monkeypatch.setattr(merged, "FUSED_FROM", 0)
+    found = merged.Merged(deltas, plan)
+    for start, stop in ((0, 64), (64, 100), (100, ROWS)):
+        assert torch.equal(bits(found.tile(start, stop)), bits(plan([delta.tile(start, stop) for delta in deltas], start)))
 
 
 @pytest.mark.usefixtures("fused")

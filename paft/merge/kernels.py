@@ -43,11 +43,15 @@ class Fused:
         with it, rounded. Adds to ``counts`` (see `counters`); returns the energies of `Tally.rounded` [rows, 3], or None when
         a value overflowed.
         """
-        _combine(tiles, start, self.kinds, self.values, self.lasts, self.keys, self.limits, self.mode, self.weights,
-                 self.normalize, np.float32(self.scale), self.positive, delta, counts)
+        self.combine(tiles, start, delta, counts)
         sums = np.empty((len(base), 3))
         add = add_bf16 if base.dtype == np.uint16 else add_f32
         return sums if add(delta, base, counts[-2:], sums) else None
+
+    def combine(self, tiles: np.ndarray, start: int, delta: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """The first half: ``delta`` becomes the merge of ``tiles``."""
+        _combine(tiles, start, self.kinds, self.values, self.lasts, self.keys, self.limits, self.mode, self.weights,
+                 self.normalize, np.float32(self.scale), self.positive, delta, counters(len(tiles)) if counts is None else counts)
 
 
 def counters(inputs: int) -> np.ndarray:
