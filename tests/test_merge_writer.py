@@ -101,7 +101,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(pair: list[str], small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(pair: list[str], small_disk: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     (small_disk / "filler").write_bytes(os.urandom(200_000))
     assert invoke(["merge", *pair, "--method", "ties", "-o", str(small_disk / "out"), "--quiet"]) == 5
     told = capsys.readouterr().err
