@@ -10,6 +10,7 @@ is computed in float32 and rounded once. Where D is zero the base's bits stay. E
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,9 @@ from paft.errors import MismatchError, UsageError, did_you_mean
 from paft.merge import methods, writer
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.lora import write_lora
-from paft.merge.ops import Plan
+from paft.merge.ops import Filter, Plan
 from paft.merge.tally import Tally
+from paft.merge.trim import model_trims
 from paft.provenance import check_target, content_hash, output_dir, write_manifest
 
 Progress = Callable[[int, int, str], None]
@@ -50,6 +52,7 @@ class Job:
     dtype: torch.dtype | None
     output_kind: str
     elements: int
+    trims: dict[str, list[Filter]] | None = None  # of every tensor, where the method trims over the whole model
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
 
@@ -70,7 +73,8 @@ class Job:
         """How one tensor is merged; this is where a method makes its passes over ΔW."""
         entry = self.inputs.base.entries[name]
         base = BaseTensor(name, self.inputs.base, entry.rows, entry.columns, tile_rows(entry.columns, self.elements))
-        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base)
+        trims = None if self.trims is None else self.trims[name]
+        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base, trims=trims)
         return function(self.tensors(name) if tensors is None else tensors, self.weights)
 
     def check_parameters(self) -> None:
@@ -156,6 +160,7 @@ def merge(
     if dry_run:
         return _estimate(job)
     started = time.monotonic()
+    job = dataclasses.replace(job, trims=model_trims(opened.deltas, resolved, dialect, tile_elements))
     steps = _Steps(progress, len(opened.base.entries))
     with output_dir(out, overwrite=overwrite) as scratch:
         report = {"method": method, "dialect": dialect, "parameters": resolved, "weights": weights, "seed": seed}

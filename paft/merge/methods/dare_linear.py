@@ -20,7 +20,7 @@ def dare_linear(
     dialect: str = "mergekit",
     seed: int = 0,
 ) -> Plan:
-    """Drop entries of each delta at random, restore its size, then take the weighted sum.
+    """Drop entries at random, restore the size, then add.
 
         m_i ~ Bernoulli(density),   x_i = c_i · m_i ⊙ δ_i,   D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
 

@@ -21,7 +21,7 @@ def dare_ties(
     dialect: str = "mergekit",
     seed: int = 0,
 ) -> Plan:
-    """Drop entries of each delta at random, restore its size, then elect a sign for each entry and merge what agrees.
+    """Drop entries at random, restore the size, then vote as TIES.
 
         m_i ~ Bernoulli(density),   x_i = c_i · m_i ⊙ δ_i,   s = sign(Σ_i v_i),   agree_i = [sign(v_i) = s]
         D = λ · Σ_i w_i x_i agree_i / n
