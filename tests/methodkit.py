@@ -15,6 +15,14 @@ from paft.merge.ops import DIALECTS, DenseTensor, apply
 
 # What a method needs to change nothing on its own, by the names users write.
 PLAIN: dict[str, dict[str, Any]] = {"nearswap": {"t": 1e9}, "ram": {"epsilon": 0.0}, "ramplus_tl": {"epsilon": 0.0}}
+# Parameters that make a method do its work on the adapters of conftest, whose entries are of size 0.1.
+BUSY: dict[str, dict[str, Any]] = {
+    **{name: {"density": 0.4} for name in ("ties", "magnitude_prune", "dare_linear", "dare_ties", "della_linear", "della")},
+    **{name: {"density": 0.4, "gamma": 0.1} for name in ("breadcrumbs", "breadcrumbs_ties")},
+    **{name: {"epsilon": 0.02} for name in ("ram", "ramplus_tl")},
+    "sce": {"select_topk": 0.4},
+    "nearswap": {"t": 0.02},
+}
 
 EXACTLY_TWO = {"slerp", "nuslerp"}
 AT_LEAST_TWO = {*EXACTLY_TWO, "model_stock"}

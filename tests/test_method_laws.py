@@ -13,7 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methodkit import (
-    AT_LEAST_TWO, CASES, EXACTLY_TWO, LAWS, LINEAR, MEANS, PLAIN, RANDOM, UNWEIGHTED, Case, deltas, dense, loras, seeds, sizes,
+    AT_LEAST_TWO,
+    CASES,
+    EXACTLY_TWO,
+    LAWS,
+    LINEAR,
+    MEANS,
+    PLAIN,
+    RANDOM,
+    UNWEIGHTED,
+    Case,
+    deltas,
+    dense,
+    loras,
+    seeds,
+    sizes,
 )  # fmt: skip
 
 from paft.errors import UsageError
@@ -50,7 +64,7 @@ def test_identity(case: Case, seed: int, rows: int, columns: int) -> None:
 @every_case
 def test_no_strength_is_no_change(case: Case) -> None:
     if case.name in MEANS | UNWEIGHTED:
-        with pytest.raises(UsageError, match="sum to zero|no weights|not both"):
+        with pytest.raises(UsageError, match=r"sum to zero|no weights"):
             case.run(deltas(0), [0.0, 0.0])
     else:
         assert not case.run(deltas(0), [0.0, 0.0]).any()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from paft.cli import invoke
 from paft.errors import UsageError
 from paft.merge import methods
 from paft.merge.drop import Drop, drop
@@ -145,6 +146,43 @@ def test_slerp_refuses(parameters: dict[str, Any], weights: list[float], message
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters", "weights", "message"),
+    [
+        ("della", {"density": 0.9}, [1, 1, 1], "density ± epsilon"),
+        ("della_linear", {"density": 0.5, "epsilon": [0.1, 0.6, 0.1]}, [1, 1, 1], "density ± epsilon"),
+        ("della_linear", {"density": 0.5, "epsilon": -0.1}, [1, 1, 1], "density ± epsilon"),
+        ("della", {"density": 0.5, "epsilon": [0.1, 0.1]}, [1, 1, 1], "2 values for 3"),
+        ("breadcrumbs", {"gamma": 1.0}, [1, 1, 1], "gamma must be"),
+        ("breadcrumbs_ties", {"gamma": [0.1]}, [1, 1, 1], "1 values for 3"),
+        ("breadcrumbs_ties", {"normalize": True}, [1, -1, 1], "negative weight"),
+        ("model_stock", {}, [1, 1, 2], "no weights"),
+        ("sce", {}, [0.5, 0.5, 0.5], "no weights"),
+        ("sce", {"select_topk": 0.0}, [1, 1, 1], "select_topk"),
+        ("ram", {}, [1, 2, 1], "no weights"),
+        ("ram", {"epsilon": -1.0}, [1, 1, 1], "epsilon"),
+        ("ramplus_tl", {"r": math.nan}, [1, 1, 1], "negative"),
+        ("karcher", {}, [1, -1, 1], "negative weight"),
+        ("karcher", {"tol": -1.0}, [1, 1, 1], "tol"),
+        ("nearswap", {}, [1, 1, 1], "needs t"),
+        ("nearswap", {"t": 0.0}, [1, 1, 1], "positive"),
+        ("nuslerp", {}, [1, 1, 1], "two adapters"),
+    ],
+)
+def test_values_that_are_refused(name: str, parameters: dict[str, Any], weights: list[float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(name, [*pair(), pair(1)[0]], weights, **parameters)
+
+
+def test_refusals_that_depend_on_the_number_of_adapters() -> None:
+    with pytest.raises(UsageError, match="at least two"):
+        run("model_stock", pair()[:1], [1.0])
+    with pytest.raises(UsageError, match="needs two"):
+        run("sce", pair()[:1], [1.0], select_topk=0.5)
+    with pytest.raises(UsageError, match="no effect"):
+        run("nuslerp", pair(), [1.0, 1.0], nuslerp_row_wise=True)
+
+
+@pytest.mark.parametrize(
     ("name", "given_", "hint"),
     [
         ("tise", {}, "ties"),
@@ -184,8 +222,15 @@ def test_describe_says_what_a_user_needs(name: str) -> None:
     assert told["name"] == name
     assert told["summary"].endswith(".")
     assert "Source:" in told["doc"]
-    assert not {"dialect", "seed", "base"} & set(told["parameters"])
+    assert not set(methods.HANDED_IN) & set(told["parameters"])
     assert all(not key.endswith("_") for key in told["parameters"])
+
+
+def test_the_list_of_methods_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: lines.index("")]] == methods.names()
+    assert all(len(line) < 80 for line in lines)
 
 
 def test_names_load_nothing_heavy() -> None:

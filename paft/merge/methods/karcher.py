@@ -59,11 +59,11 @@ def _mean(products: torch.Tensor, alphas: torch.Tensor, max_iter: int, tol: floa
     for _ in range(max_iter):
         cosines = (products @ mean).clamp(-1, 1)
         angles = cosines.acos()
-        aside = (angles > max(tol, 1e-8)) & (angles < math.pi - 1e-6)  # to an opposite point every way is as short
+        aside = (angles >= tol) & (angles > 0) & (angles < math.pi - 1e-6)  # to an opposite point every way is as short
         pull = torch.where(aside, alphas * angles / angles.sin(), 0)
         step = pull - (pull @ cosines) * mean
         size = norm(step)
-        if size < max(tol, 1e-8):
+        if size < tol or not size:
             break
         mean = math.cos(size) * mean + math.sin(size) / size * step
         mean = mean / norm(mean)

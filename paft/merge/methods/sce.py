@@ -49,9 +49,9 @@ def sce(deltas: Sequence[Tiled], weights: Sequence[float], *, select_topk: float
         up = weighted_sum(parts, [1.0] * len(parts)) >= 0
         out, share = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
         for part, weight in zip(parts, shares, strict=True):
-            agree = ((part > 0) == up) & (part != 0)
-            out += part * weight * agree
-            share += agree * weight
+            agree = (((part > 0) == up) & (part != 0)).to(part.dtype) * weight
+            out += part * agree
+            share += agree
         return out / (share + (share == 0))
 
     return Plan([keep] * len(deltas), combine)
