@@ -90,10 +90,14 @@ class ProductTensor:
         first = start // BLOCK * BLOCK
         last = min(-(-stop // BLOCK) * BLOCK, self.rows)
         out = torch.empty(last - first, self.columns, dtype=self.right.dtype)
-        for row in range(first, last, BLOCK):
-            end = min(row + BLOCK, self.rows)
-            torch.mm(self.left[row:end], self.right, out=out[row - first : end - first])
+        self.into(out, first, last)
         return out[start - first : stop - first]
+
+    def into(self, out: torch.Tensor, start: int, stop: int) -> None:
+        """Write the rows into ``out``; ``start`` is a multiple of `BLOCK`, and so is ``stop`` unless it is the last row."""
+        for row in range(start, stop, BLOCK):
+            end = min(row + BLOCK, stop)
+            torch.mm(self.left[row:end], self.right, out=out[row - start : end - start])
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_breadcrumbs_of_each_adapter_and_the_paper_s_percentiles(deltas: list[to
     each = {"density": [0.2, 0.5, 0.9], "gamma": [0.3, 0.1, 0.05]}
     assert same(ours("breadcrumbs", deltas, **each), mergekit("breadcrumbs", deltas, weight=[1.0] * 3, **each))
     sizes = deltas[0].abs()
-    inside = (sizes > torch.quantile(sizes, 0.4)) & (sizes <= torch.quantile(sizes, 0.9))  # β = 0.4, γ = 0.9
+    inside = (sizes > torch.quantile(sizes, 0.4)) & (sizes <= torch.quantile(sizes, 0.9))  # the paper's percentiles
     got = ours("breadcrumbs", deltas[:1], density=0.5, gamma=0.1)
     assert int(((got != 0) != inside).sum()) <= 2  # an entry at either end
 

@@ -26,8 +26,12 @@ class Drop:
     density: float
     scale: float = 1.0
 
+    @property
+    def limit(self) -> int:
+        return round(self.density * (1 << 32))
+
     def mask(self, tile: torch.Tensor, start: int) -> torch.Tensor:
-        return random_bits(self.key, tile, start) < round(self.density * (1 << 32))
+        return random_bits(self.key, tile, start) < self.limit
 
     def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
         return tile * self.scale * self.mask(tile, start)
@@ -66,16 +70,16 @@ class RankedDrop:
 
 def random_bits(key: int, tile: torch.Tensor, start: int) -> torch.Tensor:
     """32 random bits for each entry of a tile that begins at row ``start``, as int64."""
-    bits = flat_index(tile, start).mul_(_GOLDEN).add_(key)
+    bits = flat_index(tile, start).mul_(GOLDEN).add_(key)
     bits ^= (bits >> 30) & ((1 << 34) - 1)  # int64 shifts copy the sign; the mask makes them logical
-    bits *= _MIX1
+    bits *= MIX1
     bits ^= (bits >> 27) & ((1 << 37) - 1)
-    bits *= _MIX2
+    bits *= MIX2
     bits ^= (bits >> 31) & ((1 << 33) - 1)
     return (bits >> 32) & 0xFFFFFFFF
 
 
-_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+GOLDEN, MIX1, MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 _Rule = TypeVar("_Rule", Drop, RankedDrop)
 
 

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS, BaseTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import MismatchError, UsageError, did_you_mean
 from paft.merge import methods, writer
+from paft.merge.global_trim import model_trims
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.lora import write_lora
 from paft.merge.ops import Filter, Plan
 from paft.merge.tally import Tally
-from paft.merge.trim import model_trims
+from paft.merge.tensor import merged_tiles
+from paft.merge.writer import Read
+from paft.models import free_cores
 from paft.provenance import check_target, content_hash, output_dir, write_manifest
 
 Progress = Callable[[int, int, str], None]
@@ -52,6 +56,7 @@ class Job:
     dtype: torch.dtype | None
     output_kind: str
     elements: int
+    threads: int
     trims: dict[str, list[Filter]] | None = None  # of every tensor, where the method trims over the whole model
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
@@ -83,28 +88,11 @@ class Job:
         function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=none)
         function([none] * len(self.weights), self.weights)
 
-    def merged(self, entry: Entry, tally: Tally) -> Iterator[torch.Tensor]:
+    def merged(self, entry: Entry, read: Read, tally: Tally) -> Iterator[torch.Tensor]:
         """The merged row tiles of one tensor in the output type; raises MismatchError when the type overflows."""
         tensors = self.tensors(entry.name)
-        plan = self.plan(entry.name, tensors)
-        step = tile_rows(entry.columns, self.elements)
-        for start in range(0, entry.rows, step):
-            stop = min(start + step, entry.rows)
-            tiles = [tensor.tile(start, stop) for tensor in tensors]
-            parts = [keep(tile, start) for keep, tile in zip(plan.filters, tiles, strict=True)]
-            delta = plan.combine(parts, start)
-            weight = self.inputs.base.tile(entry.name, start, stop)
-            wide = weight if weight.dtype == torch.float64 else weight.float()
-            dtype = writer.output_dtype(entry, self.dtype)
-            out = (wide + delta).to(dtype)
-            zero = weight == 0
-            if zero.any():  # W + 0 is W, byte for byte, but for the sign of -0.0
-                out = torch.where(zero & (delta == 0), weight.to(dtype), out)
-            if not torch.isfinite(out).all():
-                raise MismatchError(f"{entry.name} does not fit into {dtype} after merging", hint="pass --dtype float32")
-            tally.filtered(tiles, parts)
-            tally.rounded(delta, out.to(wide.dtype) - wide)
-            yield out
+        plan, dtype = self.plan(entry.name, tensors), writer.output_dtype(entry, self.dtype)
+        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements)
 
     def recipe(self) -> dict[str, Any]:
         """The merge as a recipe that says everything, for ``paft.json`` and the card."""
@@ -138,13 +126,15 @@ def merge(
     dry_run: bool = False,
     progress: Progress | None = None,
     tile_elements: int = TILE_ELEMENTS,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
     ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. ``weights`` is one
     number per input, 1 each by default. ``dtype`` None keeps the base's. ``tile_elements`` bounds the memory and
-    changes no byte. Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a
-    target that is not empty, NotFoundError, ResourceError; the target is then as it was.
+    ``threads`` (one a core) the tensors at work; neither changes a byte. Raises UsageError for wrong parameters,
+    MismatchError for inputs that do not fit together or a target that is not empty, NotFoundError, ResourceError; the
+    target is then as it was.
     """
     out = Path(out)
     check_target(out, overwrite=overwrite)
@@ -154,7 +144,7 @@ def merge(
     _known("output kind", output_kind, OUTPUT_KINDS)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     opened = open_inputs(inputs, base)
-    job = Job(opened, method, resolved, weights, dialect, seed, kind, output_kind, tile_elements)
+    job = Job(opened, method, resolved, weights, dialect, seed, kind, output_kind, tile_elements, threads or free_cores())
     job.check_parameters()
     _check_apart(out, [opened.base.path, *opened.paths])
     if dry_run:
@@ -165,29 +155,33 @@ def merge(
     with output_dir(out, overwrite=overwrite) as scratch:
         report = {"method": method, "dialect": dialect, "parameters": resolved, "weights": weights, "seed": seed}
         report |= {"full": _write_full, "lora": _write_lora}[output_kind](job, scratch, steps)
+        origin, made = report.pop("hashes", None) or (content_hash(opened.base.path), None)
         report |= {"output_kind": output_kind, "wall_s": round(time.monotonic() - started, 3)}
         hashes = [
             {"name": name, "content_sha256": delta.content_hash} for name, delta in zip(opened.names, opened.deltas, strict=True)
         ]
-        origin = {"name": opened.base_name, "content_sha256": content_hash(opened.base.path)}
-        write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=seed, base=origin, inputs=hashes, metrics=report)
+        write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=seed, inputs=hashes, content_sha256=made,
+                       base={"name": opened.base_name, "content_sha256": origin}, metrics=report)
     return report | {"out": str(out)}
 
 
 def _write_full(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
-    tally = Tally(job.inputs.names)
+    tallies = {name: Tally(job.inputs.names) for name in job.inputs.base.entries if name in job.touched}
 
-    def changed(entry: Entry) -> Iterator[torch.Tensor] | None:
-        steps(entry.name)
-        return job.merged(entry, tally) if entry.name in job.touched else None
+    def merged(entry: Entry, read: Read) -> Iterator[torch.Tensor] | None:
+        return job.merged(entry, read, tallies[entry.name]) if entry.name in job.touched else None
 
-    moved = writer.write_tensors(job.inputs.base, scratch, job.dtype, changed)
+    written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps)
     writer.write_companions(job.inputs.base, scratch, job.dtype)
     title = f"{job.inputs.base_name} + {', '.join(job.inputs.names)} ({job.method})"
     card = model_card(title, base=job.inputs.base_name, recipe=job.recipe())
     (scratch / "README.md").write_text(card, encoding="utf-8")
-    copied = len(job.inputs.base.entries) - len(job.touched)
-    return {**tally.report(), "tensors": {"merged": len(job.touched), "copied": copied}, "bytes": moved}
+    tally = Tally(job.inputs.names)
+    for each in tallies.values():
+        tally.add(each)
+    count = {"merged": len(job.touched), "copied": len(job.inputs.base.entries) - len(job.touched)}
+    return {**tally.report(), "tensors": count, "bytes": {"read": written.read, "written": written.written},
+            "hashes": (written.base_hash, written.out_hash)}
 
 
 def _write_lora(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
@@ -245,9 +239,9 @@ def _estimate(job: Job) -> dict[str, Any]:
     size = sum(entry.rows * entry.columns for entry in changed)
     sample = changed[len(changed) // 2]
     started = time.monotonic()
-    for _ in job.merged(sample, Tally(job.inputs.names)):
+    for _ in job.merged(sample, partial(job.inputs.base.tile, sample.name), Tally(job.inputs.names)):
         pass
-    rate = (time.monotonic() - started) / max(1, sample.rows * sample.columns)
+    rate = (time.monotonic() - started) / max(1, sample.rows * sample.columns) / job.threads
     read = sum(entry.nbytes for entry in entries.values())
     written = sum(
         entry.rows * entry.columns * writer.output_dtype(entry, job.dtype).itemsize if entry.is_float else entry.nbytes

@@ -2,7 +2,7 @@
 
 Names, defaults and help come from each function's signature and docstring. Four keyword names are not parameters but
 are handed in by the engine where a signature has them: ``dialect``, ``seed``, ``base`` (the base's tensor, as tiles) and
-``trims`` (what `trim.model_trims` found over the whole model: one filter per delta of the tensor, or None). Listing the
+``trims`` (what `global_trim.model_trims` found over the whole model: one filter per delta of the tensor, or None). Listing the
 names imports nothing heavy.
 """
 

@@ -32,8 +32,9 @@ def breadcrumbs(
     ``lambda``. ``rescale`` restores each ‖δ_i‖₁. Equal magnitudes are ranked in index order. ``scope``: the numbers
     are per tensor, as in the paper and in mergekit, or over all tensors of an adapter (``global``).
 
-    Equals mergekit's, which may keep nothing where this keeps one entry. In the paper's letters β = 1 - gamma -
-    density and γ = 1 - gamma. PEFT has none. Raises UsageError for a density outside (0, 1] or a gamma outside [0, 1).
+    Equals mergekit's, which may keep nothing where this keeps one entry. The paper names the two ends instead: it
+    keeps what lies between two percentiles of each layer, of which gamma and 1 - gamma - density are the tails. PEFT
+    has none. Raises UsageError for a density outside (0, 1] or a gamma outside [0, 1).
 
     Source: Davari and Belilovsky, Model Breadcrumbs (arXiv 2312.06795).
     """

@@ -29,7 +29,7 @@ def model_stock(deltas: Sequence[Tiled], weights: Sequence[float], *, filter_wis
     below 1e-3 for smaller than it is. A delta of zero has cos θ = 0 with any other. PEFT has none. Raises UsageError
     for fewer than two adapters, and for weights.
 
-    Source: Jang et al., Model Stock (arXiv 2403.19522), eq. 6.
+    Source: Jang et al., Model Stock (arXiv 2403.19522).
     """
     count = len(deltas)
     if count < 2:

@@ -27,7 +27,7 @@ def multislerp(
     The result is linear in the deltas, so it is exactly a LoRA of rank Σr; all comes from their inner products. Raises
     UsageError for weights that sum to zero, MismatchError where more than two directions cancel.
 
-    Source: Goddard, Multi-SLERP (goddard.blog, 2025), and mergekit's ``multislerp`` with a base.
+    Source: Goddard, Multi-SLERP (goddard.blog), and mergekit's ``multislerp`` with a base.
     """
     weights = shares("multislerp", weights, negative=True) if normalize_weights else list(weights)
     norms, cosines = directions(deltas)

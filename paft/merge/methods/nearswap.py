@@ -33,7 +33,7 @@ def nearswap(deltas: Sequence[Tiled], weights: Sequence[float], *, t: PerAdapter
     smaller entries shrink when t is smaller too; here any number of adapters may be added, and nothing shrinks. PEFT
     has none. Raises UsageError without t, or unless it is positive.
 
-    Source: alchemonaut's QuartetAnemoi-70B (Hugging Face, 2024), and mergekit's ``nearswap``.
+    Source: alchemonaut's QuartetAnemoi-70B (Hugging Face), and mergekit's ``nearswap``.
     """
     if t is None:
         raise UsageError("nearswap needs t, the largest change of an entry", hint="for example -p t=1e-3")

@@ -11,7 +11,7 @@ import torch
 from paft.delta import Tiled
 from paft.errors import UsageError
 from paft.merge.ops import Plan, keep, no_weights, total, totals, weighted_sum
-from paft.merge.trim import Trim, cut
+from paft.merge.trim import Trim, top
 
 
 def sce(deltas: Sequence[Tiled], weights: Sequence[float], *, select_topk: float = 1.0) -> Plan:
@@ -28,7 +28,7 @@ def sce(deltas: Sequence[Tiled], weights: Sequence[float], *, select_topk: float
     two, as adapters often have) mergekit takes equal weights, and it divides by at least 1e-6. PEFT has none. Raises
     UsageError for weights, for a select_topk outside (0, 1], and below 1 for a single adapter, which has no variance.
 
-    Source: Wan et al., FuseChat (arXiv 2408.07990), section 3.3.
+    Source: Wan et al., FuseChat (arXiv 2408.07990).
     """
     no_weights("sce", weights)
     if not 0 < select_topk <= 1:
@@ -91,7 +91,7 @@ def _selection(variance: Tiled, share: float) -> Trim | None:
     if share >= 1:
         return None
     count = int(share * total(variance, lambda tile, start: (tile > 0).double()))
-    return cut(lambda: [("", variance)], count)[""] if count else Trim(math.inf)
+    return top(variance, count) if count else Trim(math.inf)
 
 
 def _selected(tiles: Sequence[torch.Tensor], start: int, select: Trim | None) -> list[torch.Tensor]:

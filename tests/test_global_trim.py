@@ -20,8 +20,8 @@ from paft.delta import Tiled
 from paft.errors import UsageError
 from paft.merge import methods
 from paft.merge.engine import merge
+from paft.merge.global_trim import global_trims, model_trims
 from paft.merge.ops import DIALECTS, DenseTensor
-from paft.merge.trim import global_trims, model_trims
 
 Model = dict[str, torch.Tensor]
 
