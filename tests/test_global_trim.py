@@ -175,7 +175,7 @@ def test_who_trims_over_the_model() -> None:
     """The paper's TIES does unless told otherwise; a method without a scope never does."""
 
     def asked(name: str, dialect: str, **given_: Any) -> bool:
-        return model_trims([], methods.resolve(name, {"density": 0.5, **given_}, dialect), dialect, 100) is not None
+        return model_trims([], [methods.resolve(name, {"density": 0.5, **given_}, dialect)], dialect, 100) is not None
 
     assert asked("ties", "paper") and asked("ties", "mergekit", scope="global")
     assert asked("magnitude_prune", "mergekit", scope="global")
@@ -183,6 +183,15 @@ def test_who_trims_over_the_model() -> None:
     assert not asked("dare_ties", "paper") and not asked("breadcrumbs", "mergekit")
     with pytest.raises(UsageError, match="scope"):
         methods.resolve("ties", {"scope": "model"})
+
+
+@pytest.mark.parametrize("other", [{"density": 0.4}, {"scope": "tensor"}, {"gamma": 0.3}])
+def test_one_threshold_cannot_serve_two_densities(other: dict[str, Any]) -> None:
+    first = {"density": 0.5, "gamma": 0.1, "scope": "global"}
+    assert model_trims([], [first, first], "mergekit", 100) == {}
+    with pytest.raises(UsageError, match="must not vary"):
+        model_trims([], [first, {**first, **other}], "mergekit", 100)
+    assert model_trims([], [{**first, "scope": "tensor"}, {"density": 0.4, "scope": "tensor"}], "mergekit", 100) is None
 
 
 def test_filters_are_handed_to_the_method() -> None:

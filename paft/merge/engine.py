@@ -150,7 +150,7 @@ def merge(
     if dry_run:
         return _estimate(job)
     started = time.monotonic()
-    job = dataclasses.replace(job, trims=model_trims(opened.deltas, resolved, dialect, tile_elements))
+    job = dataclasses.replace(job, trims=model_trims(opened.deltas, [resolved], dialect, tile_elements))
     steps = _Steps(progress, len(opened.base.entries))
     with output_dir(out, overwrite=overwrite) as scratch:
         report = {"method": method, "dialect": dialect, "parameters": resolved, "weights": weights, "seed": seed}

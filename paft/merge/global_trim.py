@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from paft.delta import Delta, Tiled
+from paft.errors import UsageError
 from paft.merge.ops import Dialect, Filter, densities, find_dialect, keep, tiles
 from paft.merge.trim import Between, Trim, gammas, ranks
 
@@ -20,17 +21,23 @@ _DIGIT = 16  # bits that a pass fixes
 
 
 def model_trims(
-    deltas: Sequence[Delta], parameters: dict[str, Any], dialect: str, elements: int
+    deltas: Sequence[Delta], parameters: Iterable[dict[str, Any]], dialect: str, elements: int
 ) -> dict[str, list[Filter]] | None:
     """For a method whose ``scope`` is ``global``: by tensor, the trimming filter of every delta. None for other scopes.
 
     The model is what a delta touches: for an adapter its target tensors, for a fine-tuned model every float tensor.
     Tensors are ordered by name, so that neither the shards nor the order inside an adapter's file matter.
+    ``parameters`` are the method's, as often as they differ over the model: raises UsageError where one threshold
+    cannot serve them all.
     """
     rules = find_dialect(dialect)
-    if "scope" not in parameters or not (rules.whole if parameters["scope"] is None else parameters["scope"] == "global"):
+    asked = [(each.get("scope", "tensor"), each.get("density", 1.0), each.get("gamma", 0.0)) for each in parameters]
+    if not any(rules.whole if scope is None else scope == "global" for scope, _, _ in asked):
         return None
-    shares, skipped = densities(parameters["density"], len(deltas)), gammas(parameters.get("gamma", 0.0), len(deltas))
+    if any(each != asked[0] for each in asked):
+        raise UsageError("scope: global is one threshold for the model: scope, density and gamma must not vary over it",
+                         hint="give each adapter one density, or set scope: tensor")  # fmt: skip
+    shares, skipped = densities(asked[0][1], len(deltas)), gammas(asked[0][2], len(deltas))
     found: dict[str, list[Filter]] = {name: [keep] * len(deltas) for delta in deltas for name in delta.names}
     for place, (delta, share, skip) in enumerate(zip(deltas, shares, skipped, strict=True)):
 
