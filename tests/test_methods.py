@@ -233,6 +233,14 @@ def test_the_list_of_methods_has_a_line_for_each(capsys: pytest.CaptureFixture[s
     assert all(len(line) < 80 for line in lines)
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_the_help_of_a_method_fits_a_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["methods", name]) == 0
+    told = capsys.readouterr().out
+    assert all(len(line) < 80 for line in told.splitlines()), [line for line in told.splitlines() if len(line) > 79]
+    assert "".join(told.split()).startswith("".join(methods.describe(name)["doc"].split()))  # no word is lost
+
+
 def test_names_load_nothing_heavy() -> None:
     code = "import sys; from paft.merge import methods; methods.names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -24,7 +24,8 @@ def breadcrumbs(
 ) -> Plan:
     """Drop the outliers and the small entries, add what is left.
 
-        x_i = top_(gamma+density)(|δ_i|) without top_gamma(|δ_i|),   D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
+        x_i = top_(gamma+density)(|δ_i|) without top_gamma(|δ_i|)
+        D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
 
     δ_i: ΔW of adapter i [rows, columns]; w_i: its weight, 1 by default; ``density`` in (0, 1]: the share of entries
     kept, max(1, int(density·numel)) of them; ``gamma`` in [0, 1): the share dropped from the top, int(gamma·numel),

@@ -25,8 +25,9 @@ def breadcrumbs_ties(
 ) -> Plan:
     """Drop outliers and small entries, then vote as TIES.
 
-        x_i = top_(gamma+density)(|δ_i|) without top_gamma(|δ_i|),   s = sign(Σ_i w_i x_i)
-        agree_i = [sign(w_i x_i) = s],   D = λ · Σ_i w_i x_i agree_i   (/ Σ_i w_i agree_i with ``normalize``)
+        x_i = top_(gamma+density)(|δ_i|) without top_gamma(|δ_i|)
+        s = sign(Σ_i w_i x_i),   agree_i = [sign(w_i x_i) = s]
+        D = λ · Σ_i w_i x_i agree_i   (/ Σ_i w_i agree_i with ``normalize``)
 
     Symbols and parameters as in ``breadcrumbs``; the vote is that of ``ties`` in the mergekit dialect, 0 elects +.
     Equals mergekit's, its only source. PEFT has none. Raises UsageError for a density outside (0, 1], a gamma outside

@@ -24,16 +24,20 @@ def della(
 ) -> Plan:
     """Drop at random, small entries first, then vote and average.
 
-        p_i = density - ε + 2ε·(rank of |δ_i| in its row - 1) / (columns - 1),   m_i ~ Bernoulli(p_i)
-        x_i = c_i · m_i ⊙ δ_i,   s = sign(Σ_i v_i),   agree_i = [sign(v_i) = s],   D = λ · Σ_i w_i x_i agree_i / n
+        p_i = density - ε + 2ε·(rank of |δ_i| in its row - 1) / (columns - 1)
+        m_i ~ Bernoulli(p_i),   x_i = c_i · m_i ⊙ δ_i
+        s = sign(Σ_i v_i),   agree_i = [sign(v_i) = s]
+        D = λ · Σ_i w_i x_i agree_i / n
 
     Symbols, masks and c_i as in ``della_linear``; the vote as in ``ties``:
 
-        mergekit     c_i = ‖δ_i‖₁ / ‖m_i ⊙ δ_i‖₁   v_i = w_i x_i   n = Σ w_i agree_i   0 elects +
-        paper, peft  c_i = 1 / p_i                 v_i = x_i       n = Σ agree_i       0: the majority (peft: +)
+        mergekit  c_i = ‖δ_i‖₁ / ‖m_i ⊙ δ_i‖₁  v_i = w_i x_i  n = Σ w_i agree_i
+        peft      c_i = 1 / p_i                v_i = x_i      n = Σ agree_i
+        paper     c_i = 1 / p_i                v_i = x_i      n = Σ agree_i
 
-    n is 1 without ``normalize``. PEFT has no DELLA: its dialect is its vote. Raises UsageError for a density outside
-    (0, 1], for density ± epsilon outside (0, 1), and for a negative weight with ``normalize`` in the mergekit dialect.
+    n is 1 without ``normalize``; 0 elects the tensor's majority sign by paper, else +. PEFT has no DELLA: its dialect
+    is its vote. Raises UsageError for a density outside (0, 1], for density ± epsilon outside (0, 1), and for a
+    negative weight with ``normalize`` in the mergekit dialect.
 
     Source: Deep et al., DELLA-Merging (arXiv 2406.11617).
     """

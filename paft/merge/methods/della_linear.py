@@ -23,15 +23,16 @@ def della_linear(
 ) -> Plan:
     """Drop at random, small entries first, then add.
 
-        p_i = density - ε + 2ε·(rank of |δ_i| in its row - 1) / (columns - 1),   m_i ~ Bernoulli(p_i)
-        x_i = c_i · m_i ⊙ δ_i,   D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
+        p_i = density - ε + 2ε·(rank of |δ_i| in its row - 1) / (columns - 1)
+        m_i ~ Bernoulli(p_i),   x_i = c_i · m_i ⊙ δ_i
+        D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
 
     δ_i: ΔW of adapter i [rows, columns]; w_i: its weight, 1 by default; ``density`` in (0, 1]: the mean share of
     entries kept, 1 = all; ε: ``epsilon``, half the range of p within a row, whose smallest entry has rank 1; both one
     number or one for each adapter; λ: ``lambda``. ``rescale`` sets c_i, else c_i = 1:
 
-        mergekit     c_i = ‖δ_i‖₁ / ‖m_i ⊙ δ_i‖₁        per tensor
-        paper, peft  c_i = 1 / p_i                      per entry, so that its mean is δ_i
+        mergekit     c_i = ‖δ_i‖₁ / ‖m_i ⊙ δ_i‖₁   per tensor
+        paper, peft  c_i = 1 / p_i                 per entry: its mean is δ_i
 
     A vector is one row; in a row of one entry p = density, where mergekit divides 0 by 0. Equal magnitudes rank in
     index order. Masks are counter-based as in ``dare_linear``: the same for any tiles, threads, shards and order of

@@ -16,11 +16,12 @@ from paft.merge.sphere import directions, shares
 def karcher(deltas: Sequence[Tiled], weights: Sequence[float], *, max_iter: int = 10, tol: float = 1e-5) -> Plan:
     """The mean of the directions on the sphere, at the mean length.
 
-        u_i = δ_i / ‖δ_i‖,   m = argmin_m Σ_i α_i arccos²⟨m, u_i⟩,   D = (Σ_i α_i ‖δ_i‖) · m,   α_i = w_i / Σ w
+        u_i = δ_i / ‖δ_i‖,   α_i = w_i / Σ w
+        m = argmin_m Σ_i α_i arccos²⟨m, u_i⟩,   D = (Σ_i α_i ‖δ_i‖) · m
 
     δ_i: ΔW of adapter i [rows, columns]; w_i: its weight, 1 by default. From the normalised mean of the u_i, step by
-    step along v = Σ_i α_i θ_i / sin θ_i · (u_i - cos θ_i m), m ← cos‖v‖ m + sin‖v‖ v / ‖v‖, at most ``max_iter``
-    times, or until ‖v‖ < ``tol``. For two deltas it is ``slerp`` with their mean length.
+    step along v = Σ_i α_i θ_i / sin θ_i · (u_i - cos θ_i m), m ← cos‖v‖ m + sin‖v‖ v / ‖v‖, at most ``max_iter`` times,
+    or until ‖v‖ < ``tol``. Two deltas of one length: ``slerp``.
 
     Every m is Σ c_i u_i, so the iteration runs on the c_i and the cosines ⟨u_i, u_j⟩ alone: no vector is ever dense,
     and the result is exactly a LoRA of rank Σr. mergekit's ``karcher`` works on whole weights, where all models are

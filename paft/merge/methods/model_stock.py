@@ -17,7 +17,8 @@ from paft.merge.sphere import directions
 def model_stock(deltas: Sequence[Tiled], weights: Sequence[float], *, filter_wise: bool = False) -> Plan:
     """The mean, shortened by how much the deltas disagree.
 
-        c = mean_{i<j} ⟨δ_i, δ_j⟩ / (‖δ_i‖ ‖δ_j‖),   t = N c / (1 + (N - 1) c),   D = t/N · Σ_i δ_i
+        c = mean_{i<j} ⟨δ_i, δ_j⟩ / (‖δ_i‖ ‖δ_j‖),   t = N c / (1 + (N - 1) c)
+        D = t/N · Σ_i δ_i
 
     δ_i: ΔW of adapter i [rows, columns], N ≥ 2 of them, without weights. t is 1 where all agree and 0 where they are
     at right angles, as LoRAs of different tasks nearly are: made for many trainings of one task. Deltas at obtuse

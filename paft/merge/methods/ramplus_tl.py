@@ -18,7 +18,8 @@ def ramplus_tl(
 ) -> Plan:
     """RAM, with what an adapter alone changes made stronger.
 
-        m_i = [|δ_i| > epsilon],   n = Σ_i m_i,   ρ_i = Σ m_i [n > 1] / Σ m_i [n = 1]   (sums over the tensor)
+        m_i = [|δ_i| > epsilon],   n = Σ_i m_i
+        ρ_i = Σ m_i [n > 1] / Σ m_i [n = 1]   (sums over the tensor)
         D = Σ_i m_i δ_i · (1 + r·min(ρ_i, alpha) where n = 1, 1/n where n > 1)
 
     δ_i: ΔW of adapter i [rows, columns], without weights. ρ_i says how much of what an adapter changes is shared, and

@@ -17,8 +17,9 @@ from paft.merge.trim import Trim, top
 def sce(deltas: Sequence[Tiled], weights: Sequence[float], *, select_topk: float = 1.0) -> Plan:
     """Select what varies, weigh by energy, erase the minority sign.
 
-        x_i = δ_i on the entries with the largest variance over i,   η_i = ‖x_i‖² / Σ_j ‖x_j‖²
-        s = sign(Σ_i x_i),   agree_i = [sign(x_i) = s],   D = Σ_i η_i x_i agree_i / Σ_i η_i agree_i
+        x_i = δ_i on the entries with the largest variance over i
+        η_i = ‖x_i‖² / Σ_j ‖x_j‖²,   s = sign(Σ_i x_i),   agree_i = [sign(x_i) = s]
+        D = Σ_i η_i x_i agree_i / Σ_i η_i agree_i
 
     δ_i: ΔW of adapter i [rows, columns], without weights; ``select_topk`` in (0, 1]: the share kept of the entries
     whose variance is not zero, ``int(select_topk·count)`` of them, equal variances in index order, 1 = all. A vote of

@@ -33,15 +33,16 @@ def ties(
     Equal magnitudes are kept in index order. n is 1 without ``normalize``, and where nobody agrees. The dialect sets
     the rest, ``scope`` too where it is null (``global``: one threshold over all tensors of an adapter, in two passes):
 
-        mergekit  v_i = w_i x_i   n = Σ w_i agree_i   0 elects +        keeps max(1, int(density·numel))      tensor
-        peft      v_i = x_i       n = Σ agree_i       0 elects +        keeps max(1, int(density·numel))      tensor
-        paper     v_i = x_i       n = Σ agree_i       0: the majority   keeps int(density·numel) + 1, equals  global
+        mergekit  v_i = w_i x_i   n = Σ w_i agree_i   0 elects +       tensor
+        peft      v_i = x_i       n = Σ agree_i       0 elects +       tensor
+        paper     v_i = x_i       n = Σ agree_i       0: the majority  global
 
-    The majority sign is per tensor; the paper's own code takes it over the model, which only exact opposites can
-    tell. PEFT's ``ties`` works on A and B separately, which is another quantity: the ``peft`` dialect is its formula
-    on the true ΔW (``ties_svd`` before truncation). With equal weights mergekit and peft agree. Raises UsageError for
-    a density outside (0, 1], and for a negative weight with ``normalize`` in the mergekit dialect, where mergekit
-    silently cancels the sign.
+    max(1, int(density·numel)) entries are kept; by paper one more, and all that equal the last. The majority sign is
+    per tensor; the paper's own code takes it over the model, which only exact opposites can tell. PEFT's ``ties``
+    works on A and B separately, which is another quantity: the ``peft`` dialect is its formula on the true ΔW
+    (``ties_svd`` before truncation). With equal weights mergekit and peft agree. Raises UsageError for a density
+    outside (0, 1], and for a negative weight with ``normalize`` in the mergekit dialect, where mergekit silently
+    cancels the sign.
 
     Source: Yadav et al., TIES-Merging (arXiv 2306.01708), Algorithm 1.
     """
