@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import AdapterFactory
+from methodkit import BUSY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,7 +64,7 @@ def written(base: Checkpoint, deltas: dict[str, torch.Tensor], out: Path, **opti
 
 @pytest.mark.parametrize("method", methods.names())
 def test_merging_the_delta_file_is_the_merge_byte_for_byte(pair: list[Path], tmp_path: Path, method: str) -> None:
-    parameters = DENSITIES if "density" in methods.parameters(methods.load(method)) else {}
+    parameters = BUSY.get(method, {})
     run(pair, tmp_path / "direct", method, parameters=parameters)
     report = run(pair, tmp_path / "delta", method, parameters=parameters, output_kind="delta")
     run([tmp_path / "delta"], tmp_path / "again")  # the file names its base

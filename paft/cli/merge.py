@@ -118,7 +118,7 @@ def methods(name: str | None, as_json: bool, **_: Any) -> None:
 
     found = [describe(one) for one in ([name] if name else names())]
     if name:
-        lines = [found[0]["doc"], "", *(f"  -p {key}={value}" for key, value in found[0]["parameters"].items())]
+        lines = [*options.folded(found[0]["doc"]), "", *(f"  -p {key}={value}" for key, value in found[0]["parameters"].items())]
     else:
         lines = [*options.hang([(one["name"], one["summary"]) for one in found]), "", "next: paft methods ties"]
     options.show(found[0] if name else found, lines, as_json=as_json)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from paft.delta import TILE_ELEMENTS
 from paft.errors import MismatchError, UsageError, did_you_mean
 from paft.merge import methods, writer
 from paft.merge.estimate import estimate
+from paft.merge.global_trim import model_trims
 from paft.merge.inputs import open_inputs
 from paft.merge.job import Job, weights_of
 from paft.merge.outputs import find_budget, write_output
@@ -79,6 +81,7 @@ def merge(
     _check_apart(out, [opened.base.path, *opened.paths])
     if dry_run:
         return estimate(job)
+    job = replace(job, trims=model_trims(opened.deltas, [resolved], dialect, tile_elements))
     with output_dir(out, overwrite=overwrite) as scratch:
         report = _write(job, scratch, _Steps(progress, len(opened.base.entries)))
     return report | {"out": str(out)}

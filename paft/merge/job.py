@@ -17,7 +17,7 @@ from paft.merge.deltas import Source
 from paft.merge.inputs import Inputs
 from paft.merge.lowrank import Budget
 from paft.merge.merged import Merged, products
-from paft.merge.ops import Plan
+from paft.merge.ops import Filter, Plan
 from paft.merge.tally import Tally
 from paft.merge.tensor import merged_tiles
 from paft.merge.writer import Read
@@ -38,6 +38,7 @@ class Job:
     elements: int
     threads: int
     budget: Budget | None = None
+    trims: dict[str, list[Filter]] | None = None  # of every tensor, where the method trims over the whole model
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
 
@@ -58,7 +59,8 @@ class Job:
         """How one tensor is merged; this is where a method makes its passes over ΔW."""
         entry = self.inputs.base.entries[name]
         base = BaseTensor(name, self.inputs.base, entry.rows, entry.columns, tile_rows(entry.columns, self.elements))
-        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base)
+        trims = None if self.trims is None else self.trims[name]
+        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base, trims=trims)
         return function(self.tensors(name) if tensors is None else tensors, self.weights)
 
     def check_parameters(self) -> Plan:
