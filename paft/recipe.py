@@ -80,10 +80,10 @@ class JointRecipe(TrainRecipe):
 
 
 class MergeRecipe(Strict):
-    """Deltas into one model: ``paft methods METHOD`` lists ``parameters``."""
+    """Deltas into one model: ``paft methods METHOD`` lists ``parameters``; `paft.merge.settings` says how they may vary."""
 
     kind: Literal["merge"] = "merge"
-    adapters: list[str] = []
+    adapters: list[str | dict[str, Any]] = []
     base: str | None = None
     method: str = "ties"
     parameters: dict[str, Any] = {}
@@ -91,6 +91,7 @@ class MergeRecipe(Strict):
     dialect: str = "mergekit"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
+    engine: Literal["paft", "mergekit"] = "paft"
 
 
 class Splits(Strict):

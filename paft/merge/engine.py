@@ -10,7 +10,6 @@ is computed in float32 and rounded once. Where D is zero the base's bits stay. E
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ from paft.merge import methods, writer
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.lora import write_lora
 from paft.merge.ops import Plan
+from paft.merge.profile import profile
+from paft.merge.settings import Input, Settings, native
 from paft.merge.tally import Tally
 from paft.provenance import check_target, content_hash, output_dir, write_manifest
 
@@ -43,8 +44,7 @@ class Job:
 
     inputs: Inputs
     method: str
-    parameters: dict[str, Any]
-    weights: list[float]
+    settings: Settings
     dialect: str
     seed: int
     dtype: torch.dtype | None
@@ -70,14 +70,20 @@ class Job:
         """How one tensor is merged; this is where a method makes its passes over ΔW."""
         entry = self.inputs.base.entries[name]
         base = BaseTensor(name, self.inputs.base, entry.rows, entry.columns, tile_rows(entry.columns, self.elements))
-        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base)
-        return function(self.tensors(name) if tensors is None else tensors, self.weights)
+        weights, parameters = self.settings.at(name)
+        function = methods.bind(self.method, parameters, dialect=self.dialect, seed=self.seed, base=base)
+        return function(self.tensors(name) if tensors is None else tensors, weights)
 
     def check_parameters(self) -> None:
         """Let the method refuse values (a density of 2, three adapters for SLERP) before any tensor is read."""
         none = ZeroTensor(1, 1, 1)
-        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=none)
-        function([none] * len(self.weights), self.weights)
+        for name, weights, parameters in self.settings.distinct(self.inputs.touched()):
+            function = methods.bind(self.method, parameters, dialect=self.dialect, seed=self.seed, base=none)
+            try:
+                function([none] * len(weights), weights)
+            except UsageError as error:
+                where = f"{name}: " if self.settings.varies else ""
+                raise UsageError(where + error.message, hint=error.hint) from None
 
     def merged(self, entry: Entry, tally: Tally) -> Iterator[torch.Tensor]:
         """The merged row tiles of one tensor in the output type; raises MismatchError when the type overflows."""
@@ -108,9 +114,7 @@ class Job:
             "kind": "merge",
             "method": self.method,
             "dialect": self.dialect,
-            "parameters": self.parameters,
-            "weights": self.weights,
-            "adapters": self.inputs.names,
+            **self.settings.record(self.inputs.names),
             "base": self.inputs.base_name,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "output_kind": self.output_kind,
@@ -119,7 +123,7 @@ class Job:
 
 
 def merge(
-    inputs: Sequence[str],
+    inputs: Sequence[Input],
     *,
     base: str | None,
     method: str,
@@ -137,20 +141,19 @@ def merge(
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
-    ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. ``weights`` is one
+    ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. An input may be
+    ``{"adapter": PATH, "weight": V, ...}``; values may vary over the model (`paft.merge.settings`). ``weights`` is one
     number per input, 1 each by default. ``dtype`` None keeps the base's. ``tile_elements`` bounds the memory and
     changes no byte. Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a
     target that is not empty, NotFoundError, ResourceError; the target is then as it was.
     """
     out = Path(out)
     check_target(out, overwrite=overwrite)
-    parameters = dict(parameters)
-    weights = _weights(weights, parameters.pop("weight", None), len(inputs))
-    resolved = methods.resolve(method, parameters, dialect)
+    settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _known("output kind", output_kind, OUTPUT_KINDS)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
-    opened = open_inputs(inputs, base)
-    job = Job(opened, method, resolved, weights, dialect, seed, kind, output_kind, tile_elements)
+    opened = open_inputs(settings.inputs, base)
+    job = Job(opened, method, settings.over(opened.base.entries), dialect, seed, kind, output_kind, tile_elements)
     job.check_parameters()
     _check_apart(out, [opened.base.path, *opened.paths])
     if dry_run:
@@ -158,7 +161,8 @@ def merge(
     started = time.monotonic()
     steps = _Steps(progress, len(opened.base.entries))
     with output_dir(out, overwrite=overwrite) as scratch:
-        report = {"method": method, "dialect": dialect, "parameters": resolved, "weights": weights, "seed": seed}
+        report = {"method": method, "dialect": dialect, "seed": seed}
+        report |= {key: value for key, value in job.recipe().items() if key in ("parameters", "weights")}
         report |= {"full": _write_full, "lora": _write_lora}[output_kind](job, scratch, steps)
         report |= {"output_kind": output_kind, "wall_s": round(time.monotonic() - started, 3)}
         hashes = [
@@ -207,20 +211,6 @@ class _Steps:
             self.progress(self.done, self.total, name)
 
 
-def _weights(weights: Sequence[float] | None, alias: Any, count: int) -> list[float]:
-    if alias is not None:
-        if weights is not None:
-            raise UsageError("weights are given twice", hint="use either --weights or -p weight=")
-        weights = alias if isinstance(alias, Sequence) and not isinstance(alias, str) else [alias] * count
-    values = [1.0] * count if weights is None else list(weights)
-    if len(values) != count:
-        raise UsageError(f"{len(values)} weights for {count} inputs", hint="give one weight for each input")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UsageError(f"a weight must be a finite number, not {value!r}")
-    return [float(value) for value in values]
-
-
 def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
@@ -256,5 +246,6 @@ def _estimate(job: Job) -> dict[str, Any]:
         "tensors": {"merged": len(changed), "copied": len(entries) - len(changed)},
         "bytes": {"read": read, "written": written},
         "seconds": round(rate * size + written / _COPY_RATE, 2),
-        "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.weights) + 12)),
+        "profile": profile(job.settings, job.inputs.touched(), job.inputs.names),
+        "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.inputs.deltas) + 12)),
     }

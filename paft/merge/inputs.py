@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from paft import hub
 from paft.adapter import CONFIG, PATTERNS, Adapter, label, read_adapter
 from paft.checkpoint import Checkpoint
-from paft.delta import Delta, FullDelta, LoraDelta
+from paft.delta import TILE_ELEMENTS, Delta, FullDelta, LoraDelta, Tiled
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.provenance import content_hash
 
@@ -46,15 +46,33 @@ def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
     if (directory / CONFIG).is_file():
         raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
     checkpoint = Checkpoint.open(directory)
-    deltas: list[Delta] = [
-        LoraDelta(each, checkpoint)
-        if isinstance(each, Adapter)
-        else FullDelta(Checkpoint.open(each), checkpoint, content_hash(each))
-        for each in opened
-    ]
+    deltas = [_delta(each, checkpoint) for each in opened]
     labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
     return Inputs(checkpoint, label(reference, directory), deltas, labels, paths, adapters)
+
+
+@dataclass(frozen=True)
+class NoDelta:
+    """The base as an input of its own merge: it changes no tensor, but its weight counts (mergekit's ``linear``)."""
+
+    path: Path
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def content_hash(self) -> str:
+        return content_hash(self.path)
+
+    def tensor(self, name: str, elements: int = TILE_ELEMENTS) -> Tiled:
+        raise KeyError(name)
+
+
+def _delta(opened: Adapter | Path, base: Checkpoint) -> Delta:
+    if isinstance(opened, Adapter):
+        return LoraDelta(opened, base)
+    if opened.resolve() == base.path.resolve():
+        return NoDelta(base.path)
+    return FullDelta(Checkpoint.open(opened), base, content_hash(opened))
 
 
 def _open(name: str) -> Adapter | Path:
