@@ -87,8 +87,8 @@ def profile_lines(profile: dict[str, Any], width: int = 79, rows: int = 8) -> li
     cells = [[_cell(value) for value in row["values"]] for row in profile["rows"]]
     widths = [max(len(column), *(len(row[i]) for row in cells)) + 2 for i, column in enumerate(profile["columns"])]
     left = min(max(map(len, [*labels, "by layer"])), width - sum(widths))
-    lines = [f"{label if len(label) <= left else label[: left - 1] + '…':<{left}}"
-             + "".join(f"{value:>{size}}" for value, size in zip(row, widths, strict=True))
+    lines = [(f"{label if len(label) <= left else label[: left - 1] + '…':<{left}}"
+              + "".join(f"{value:>{size}}" for value, size in zip(row, widths, strict=True))).rstrip()
              for label, row in [("by layer", profile["columns"]), *zip(labels, cells, strict=True)]]
     more = len(lines) - 1 - rows
     return lines if more <= 0 else [*lines[: rows + 1], f"and {more} more rows (--json shows all)"]

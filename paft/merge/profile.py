@@ -19,7 +19,7 @@ def profile(settings: Settings, names: Sequence[str], inputs: Sequence[str]) -> 
 
     ``names`` are the tensors that the merge changes. Rows are the values that differ between tensors; module kinds with
     the same values share one. Columns are runs of layers in which nothing differs, or, if those are more than six, six
-    single layers evenly apart. No rows where nothing varies.
+    single layers evenly apart; the last is for what lies outside the layers. No rows where nothing varies.
     """
     found: dict[str, Row] = {}
     for name in names:
@@ -69,11 +69,13 @@ def _lines(what: str, row: Row, columns: Mapping[str, int | None]) -> Iterable[d
     """One line per set of module kinds with the same values."""
     groups: dict[str, list[str]] = {}
     values: dict[str, list[Any]] = {}
-    for kind in dict.fromkeys(kind for kind, _ in row):
-        cells = [row.get((kind, layer)) for layer in columns.values()]
+    inside = {kind for kind, layer in row if layer is not None}
+    outside = {kind: value for (kind, layer), value in row.items() if layer is None}
+    shared = next(iter(outside.values()), None) if inside and len(set(map(repr, outside.values()))) == 1 else None
+    for kind in dict.fromkeys(kind for kind, _ in row if kind in inside or shared is None):
+        cells = [shared if layer is None and kind in inside else row.get((kind, layer)) for layer in columns.values()]
         groups.setdefault(repr(cells), []).append(kind)
         values[repr(cells)] = cells
-    inside = {kind for kind, layer in row if layer is not None}
     for key, kinds in groups.items():
         yield {"what": what, "where": _short(kinds, inside), "values": values[key]}
 

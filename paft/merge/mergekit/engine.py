@@ -101,7 +101,8 @@ def _record(directory: Path, opened: Inputs, recipe: dict[str, Any], report: dic
     hashes = [{"name": name, "content_sha256": delta.content_hash}
               for name, delta in zip(opened.names, opened.deltas, strict=True)]
     origin = {"name": opened.base_name, "content_sha256": content_hash(opened.base.path)}
-    write_manifest(directory, command="paft merge", recipe=recipe, seed=recipe["seed"], base=origin, inputs=hashes, metrics=report)
+    seed = recipe["seed"]
+    write_manifest(directory, command="paft merge", recipe=recipe, seed=seed, base=origin, inputs=hashes, metrics=report)
 
 
 def _version() -> str:

@@ -107,8 +107,8 @@ def _with_base(config: Config, contract: Contract) -> tuple[list[Member], str | 
     chosen = list(config.members)
     if config.base_model and not any(one.ref == config.base_model for one in chosen):
         chosen.append(Member(config.base_model, ("base_model",)))
-    whole = [one.ref.model for one in chosen if not one.ref.is_adapter]
-    return chosen, _root(config) or next(iter(whole), None)
+    whole = [one for one in (config.base_model, *(each.ref for each in chosen)) if one and not one.is_adapter]
+    return chosen, _root(config) or next((one.model for one in whole), None)
 
 
 def _two_ends(config: Config, contract: Contract) -> tuple[list[Member], str | None]:
