@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,14 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
+    moved = plan["bytes"]
+    cost = (f"reads {options.size(moved['read'])}, writes {options.size(moved['written'])}, "
+            + (f"{options.size(moved['scratch'])} of scratch, " if "scratch" in moved else "")
+            + f"about {plan['seconds']:.0f} s and {options.size(plan['memory_bytes'])} of memory")
     return [f"would merge {len(plan['recipe']['adapters'])} inputs by {plan['recipe']['method']} into {out}",
             *mergefile.profile_lines(plan["profile"]),
             f"{plan['tensors']['merged']} tensors changed, {plan['tensors']['copied']} copied",
-            f"reads {options.size(plan['bytes']['read'])}, writes {options.size(plan['bytes']['written'])}, "
-            + (f"{options.size(scratch)} of scratch, " if (scratch := plan["bytes"].get("scratch")) else "")
-            + f"about {plan['seconds']:.0f} s and {options.size(plan['memory_bytes'])} of memory"]
+            *textwrap.wrap(cost, 79)]
 
 
 def _result_lines(report: dict[str, Any], out: Path) -> list[str]:

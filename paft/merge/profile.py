@@ -21,6 +21,7 @@ def profile(settings: Settings, names: Sequence[str], inputs: Sequence[str]) -> 
     the same values share one. Columns are runs of layers in which nothing differs, or, if those are more than six, six
     single layers evenly apart; the last is for what lies outside the layers. No rows where nothing varies.
     """
+    inputs = [one if inputs.count(one) == 1 else f"{one} #{i}" for i, one in enumerate(inputs, 1)]
     found: dict[str, Row] = {}
     for name in names:
         place = _place(settings, name)

@@ -166,9 +166,10 @@ def _run(config: dict[str, Any], scratch: Path, seed: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit {done.returncode}")
+        whole = RuntimeError(done.stderr[-10_000:])  # what --traceback shows
         if done.returncode < 0 or re.search(r"MemoryError|out of memory|No space left", done.stderr):
-            raise ResourceError(f"mergekit was stopped: {said[:200]}", hint="it needs memory and disk for whole models")
-        raise MismatchError(f"mergekit failed: {said[:200]}", hint="with its own words: paft merge ... --traceback")
+            raise ResourceError(f"mergekit was stopped: {said[:200]}", hint="whole models need memory and disk") from whole
+        raise MismatchError(f"mergekit failed: {said[:200]}", hint="--traceback shows all that it said") from whole
 
 
 def _finish(opened: Inputs, merged: Path, out: Path, recipe: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

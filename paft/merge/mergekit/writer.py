@@ -13,6 +13,7 @@ mergekit folds them in float32 as well (`--lora-merge-dtype float32`), which its
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,14 +100,19 @@ def express(settings: Settings, dialect: str) -> tuple[str, Rules, list[Rules]]:
             common.setdefault(key, (Rule((default,)),)) if key in terms.shared else None
             for rules in each if key in terms.each else ():
                 rules[key] = (*rules.get(key, ()), Rule((default,)))
-    _balance(method, terms, common, each)
+    weights = [_weight(rules) for rules in each]
+    mean = all(point is True for rule in common.get("normalize", ()) for point in rule.points)
+    whole = None not in weights and abs(math.fsum(weight or 0 for weight in weights) - 1) < 1e-9
+    if terms.base == "member" and not mean and not whole:
+        raise UsageError(f"in mergekit's {method} without normalize the base is scaled by the sum of the weights",
+                         hint="task_arithmetic is the same sum of deltas")
+    _balance(method, terms, common, each, weights)
     return method, common, each
 
 
-def _balance(method: str, terms: Contract, common: Rules, each: list[Rules]) -> None:
+def _balance(method: str, terms: Contract, common: Rules, each: list[Rules], weights: list[float | None]) -> None:
     """Between two inputs t and the weights say the same: t = w_2 / (w_1 + w_2). Write what mergekit's method takes."""
     t = tuple(rule for rule in common.pop("t", ()) if rule.points != (None,))
-    weights = [_weight(rules) for rules in each]
     if t and "t" not in terms.shared:
         each[0]["weight"] = tuple(replace(rule, points=tuple(1 - point for point in rule.points)) for rule in t)
         each[1]["weight"] = t
@@ -136,7 +142,7 @@ def _section(known: Mapping[str, Any], rules: Rules, depth: Depth) -> dict[str, 
     """A ``parameters`` section: what was said, and the weight that mergekit has no default for."""
     found: dict[str, Any] = {}
     for key, default in known.items():
-        setting = rules.get(key, (Rule((1.0,)),) if key == "weight" and default == REQUIRED else ())
+        setting = rules.get(key, ()) or ((Rule((1.0,)),) if key == "weight" and default == REQUIRED else ())
         conditions = [
             {"filter": text, "value": points} if text else {"value": points}
             for rule in setting
