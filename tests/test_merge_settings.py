@@ -237,8 +237,10 @@ def test_the_profile_names_runs_of_layers_and_kinds() -> None:
     table = profile(found, NAMES, ["sft"])
     assert table["columns"] == ["0-3", "4-11", "outside"]
     assert [(row["what"], row["where"], row["values"]) for row in table["rows"]] == [
-        ("density of sft", "self_attn", [0.9, 0.9, 0.9]), ("density of sft", "mlp", [0.1, 0.9, 0.9]),
+        ("density", "self_attn", [0.9, 0.9, 0.9]), ("density", "mlp", [0.1, 0.9, 0.9]),
     ]
     assert profile(told({"density": 0.5}), NAMES, ["a", "b"])["rows"] == []
+    uneven = profile(told({"density": 0.5}, [{"adapter": "a", "weight": [0, 1]}, "b"]), [at(0), at(11)], ["sft", "sft"])
+    assert uneven == {"columns": ["0", "11"], "rows": [{"what": "weight of sft #1", "where": "", "values": [0.0, 1.0]}]}
     gradient = profile(told({"lambda": {"gradient": [0, 1]}}), NAMES[3:], ["a", "b"])
     assert gradient["columns"] == ["0", "2", "4", "7", "9", "11"] and len(gradient["rows"]) == 1

@@ -123,7 +123,7 @@ def test_a_dry_run_says_what_scratch_it_takes(workshop: Workshop, room: Path, ca
     arguments = [*command(workshop, room, "--method", "multislerp", "-p", "weight={gradient: [0, 1]}"), "--dry-run"]
     assert invoke(arguments) == 0
     out = capsys.readouterr().out
-    assert "of scratch" in out and "weight of a" in out and all(len(line) < 80 or str(room) in line for line in out.splitlines())
+    assert "of scratch" in out and "\nweight  " in out and all(len(line) < 80 or str(room) in line for line in out.splitlines())
     assert not (room / "out").exists()
 
 

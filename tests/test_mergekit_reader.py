@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from paft.errors import UsageError
 from paft.merge.mergekit.contracts import CONTRACTS, REQUIRED, ours, theirs
 from paft.merge.mergekit.reader import read
 from paft.merge.methods import names
+from paft.merge.settings import Settings, native
 from paft.recipe import MergeRecipe, validate
 from paft.yamlfile import Document, read_yaml
 
@@ -179,6 +181,16 @@ def test_the_type_of_the_result(tmp_path: Path, tiny_base: Path) -> None:
 def test_a_mergekit_file_is_known_by_its_content(tmp_path: Path, tiny_base: Path) -> None:
     document(TIES, tmp_path, tiny_base)
     assert kind_of(tmp_path / "merge.yml") == "merge"
+
+
+def test_the_examples_in_merges_readme(tmp_path: Path, tiny_base: Path) -> None:
+    text = (Path(__file__).parents[1] / "merges" / "README.md").read_text(encoding="utf-8")
+    own, mergekits = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    recipe = recipe_of(mergekits, tmp_path, tiny_base)
+    for found in (recipe, validate(MergeRecipe, document(own, tmp_path, tiny_base).data)):
+        told = Settings.read(native(found.method), found.adapters, found.parameters, found.weights)
+        layers = [f"model.layers.{i}.{kind}.weight" for i in range(12) for kind in ("mlp.up_proj", "self_attn.q_proj")]
+        assert len(list(told.over(layers).distinct(layers))) > 2
 
 
 # The table of contracts

@@ -17,20 +17,23 @@ Row = dict[tuple[str, int | None], Any]  # (module kind, layer) -> value
 def profile(settings: Settings, names: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
     """``{"columns": ["0-3", ...], "rows": [{"what": "density of dpo", "where": "mlp", "values": [0.2, ...]}]}``.
 
-    ``names`` are the tensors that the merge changes. Rows are the values that differ between tensors; module kinds with
-    the same values share one. Columns are runs of layers in which nothing differs, or, if those are more than six, six
+    ``names`` are the tensors that the merge changes. Rows are the values that differ between tensors; inputs that are alike
+    and module kinds with the same values share one. Columns are runs of layers in which nothing differs, or, if those are more than six, six
     single layers evenly apart; the last is for what lies outside the layers. No rows where nothing varies.
     """
     inputs = [one if inputs.count(one) == 1 else f"{one} #{i}" for i, one in enumerate(inputs, 1)]
-    found: dict[str, Row] = {}
+    found: dict[tuple[str, str | None], Row] = {}
     for name in names:
         place = _place(settings, name)
         for what, value in _quantities(settings, name, inputs):
             found.setdefault(what, {})[place] = value
-    found = {what: row for what, row in found.items() if len(set(map(repr, row.values()))) > 1}
-    columns = _columns([layer for row in found.values() for _, layer in row], found.values())
-    rows = [line for what, row in found.items() for line in _lines(what, row, columns)]
-    return {"columns": list(columns), "rows": rows}
+    rows: dict[str, Row] = {}
+    for (key, one), row in found.items():
+        alike = all(other == row for (same, _), other in found.items() if same == key)
+        if len(set(map(repr, row.values()))) > 1:
+            rows[key if alike or one is None else f"{key} of {one}"] = row
+    columns = _columns([layer for row in rows.values() for _, layer in row], rows.values())
+    return {"columns": list(columns), "rows": [line for what, row in rows.items() for line in _lines(what, row, columns)]}
 
 
 def _place(settings: Settings, name: str) -> tuple[str, int | None]:
@@ -39,15 +42,16 @@ def _place(settings: Settings, name: str) -> tuple[str, int | None]:
     return stack + rest.removesuffix(".weight"), layer
 
 
-def _quantities(settings: Settings, name: str, inputs: Sequence[str]) -> Iterable[tuple[str, Any]]:
+def _quantities(settings: Settings, name: str, inputs: Sequence[str]) -> Iterable[tuple[tuple[str, str | None], Any]]:
+    """((parameter, input or None), value) of one tensor."""
     weights, parameters = settings.at(name)
-    yield from ((f"weight of {one}", weight) for one, weight in zip(inputs, weights, strict=True))
+    yield from ((("weight", one), weight) for one, weight in zip(inputs, weights, strict=True))
     for key, value in parameters.items():
         if key not in settings.signature.each:
-            yield key, value
+            yield (key, None), value
         else:
             values = value if isinstance(value, list) else [value] * len(inputs)
-            yield from ((f"{key} of {one}", each) for one, each in zip(inputs, values, strict=True))
+            yield from (((key, one), each) for one, each in zip(inputs, values, strict=True))
 
 
 def _columns(layers: Iterable[int | None], rows: Iterable[Row]) -> dict[str, int | None]:

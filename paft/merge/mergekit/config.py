@@ -7,6 +7,7 @@ conditions ``{filter, value}``. What paft cannot do (slices, modules, tokenizers
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Ref:
 
     @property
     def is_adapter(self) -> bool:
-        return self.lora is not None or (Path(self.model).expanduser() / "adapter_config.json").is_file()
+        return self.lora is not None or (Path(os.path.expanduser(self.model)) / "adapter_config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Source:
             return Ref(model, lora) if model else self.fail(loc, "this names no model")
         if not isinstance(value, str) or not value:
             self.fail(loc, f"a model is named by its path or hub id, not {value!r}")
-        model, plus, lora = ("", "", "") if Path(value).expanduser().is_dir() else value.partition("+")
+        model, plus, lora = ("", "", "") if os.path.isdir(os.path.expanduser(value)) else value.partition("+")
         if plus and (not model or not lora or "+" in lora):
             self.fail(loc, f"{value!r} is not MODEL+ADAPTER")
         return Ref(model, lora) if plus else Ref(value)

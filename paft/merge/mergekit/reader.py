@@ -23,7 +23,7 @@ from typing import Any
 
 from paft.errors import did_you_mean
 from paft.merge.mergekit.config import ITSELF, Config, Member, Parameter, parse
-from paft.merge.mergekit.contracts import CONTRACTS, Contract, ours
+from paft.merge.mergekit.contracts import CONTRACTS, REQUIRED, Contract, ours
 from paft.merge.rules import Loc, is_number
 from paft.merge.settings import ADAPTER, native
 from paft.yamlfile import Document
@@ -52,7 +52,8 @@ def read(document: Document, *, engine: str = "paft") -> tuple[Document, list[st
     _check_whole(config, contract, entries, shared)
     out.move(("merge_method",), ("method",))
     out.move(("base_model",), ("base",))
-    data = {"kind": "merge", "method": method, "adapters": entries, "base": base, "parameters": {**shared, **fixed},
+    parameters = {**_other_defaults(contract, out.takes), **shared, **fixed}
+    data = {"kind": "merge", "method": method, "adapters": entries, "base": base, "parameters": parameters,
             "dtype": config.dtype, "engine": engine}
     return Document(data, out.lines, document.name), out.notes
 
@@ -187,6 +188,12 @@ def _points(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return _points(value["gradient" if "gradient" in value else "value"])
     return [point for one in value for point in _points(one)] if isinstance(value, list) else [value]
+
+
+def _other_defaults(contract: Contract, takes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """mergekit's defaults where ours are other values; null is the dialect's own, which is mergekit's here."""
+    given = {} if takes is None else {key: value for key, value in takes.items() if key in contract.known and value is not None}
+    return {key: contract.known[key] for key, value in given.items() if contract.known[key] not in (REQUIRED, value)}
 
 
 def _check_required(config: Config, contract: Contract, chosen: list[Member]) -> None:
