@@ -17,9 +17,9 @@ Row = dict[tuple[str, int | None], Any]  # (module kind, layer) -> value
 def profile(settings: Settings, names: Sequence[str], inputs: Sequence[str]) -> dict[str, Any]:
     """``{"columns": ["0-3", ...], "rows": [{"what": "density of dpo", "where": "mlp", "values": [0.2, ...]}]}``.
 
-    ``names`` are the tensors that the merge changes. Rows are the values that differ between tensors; inputs that are alike
-    and module kinds with the same values share one. Columns are runs of layers in which nothing differs, or, if those are more than six, six
-    single layers evenly apart; the last is for what lies outside the layers. No rows where nothing varies.
+    ``names`` are the tensors that the merge changes. Rows are the values that differ between tensors; inputs that are
+    alike and module kinds with the same values share one. Columns are runs of layers in which nothing differs, or, if
+    those are more than six, six single layers evenly apart; the last is for what lies outside the layers.
     """
     inputs = [one if inputs.count(one) == 1 else f"{one} #{i}" for i, one in enumerate(inputs, 1)]
     found: dict[tuple[str, str | None], Row] = {}
