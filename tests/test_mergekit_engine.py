@@ -144,6 +144,11 @@ def test_bad_settings_are_refused(workshop: Workshop, room: Path, more: list[str
     assert not (room / "out").exists()
 
 
+def test_a_target_that_holds_an_input_is_refused(workshop: Workshop, room: Path, capsys: Capture) -> None:
+    arguments = ["merge", str(workshop.folder / "a"), "--engine", "mergekit", "--method", "karcher", "-q", "--overwrite", "-o"]
+    assert_one_error(capsys, invoke([*arguments, str(workshop.folder)]), 3, "holds an input of this merge")
+
+
 # What can go wrong with mergekit itself
 
 

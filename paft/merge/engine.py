@@ -155,7 +155,7 @@ def merge(
     opened = open_inputs(settings.inputs, base)
     job = Job(opened, method, settings.over(opened.base.entries), dialect, seed, kind, output_kind, tile_elements)
     job.check_parameters()
-    _check_apart(out, [opened.base.path, *opened.paths])
+    opened.check_apart(out)
     if dry_run:
         return _estimate(job)
     started = time.monotonic()
@@ -209,12 +209,6 @@ class _Steps:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total, name)
-
-
-def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
-    for path in inputs:
-        if path.resolve().is_relative_to(out.resolve()):
-            raise MismatchError(f"{out} holds an input of this merge", hint="choose another -o DIR")
 
 
 def _known(what: str, value: str, choices: Any) -> str:

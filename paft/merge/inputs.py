@@ -30,6 +30,12 @@ class Inputs:
         changed = {name for delta in self.deltas for name in delta.names}
         return [name for name in self.base.entries if name in changed]
 
+    def check_apart(self, out: Path) -> None:
+        """MismatchError where the output would replace one of the inputs."""
+        for path in (self.base.path, *self.paths):
+            if path.resolve().is_relative_to(out.resolve()):
+                raise MismatchError(f"{out} holds an input of this merge", hint="choose another -o DIR")
+
 
 def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
     """Open the base and every input; ``base`` None means the one that all the adapters name.
@@ -47,6 +53,8 @@ def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
         raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
     checkpoint = Checkpoint.open(directory)
     deltas = [_delta(each, checkpoint) for each in opened]
+    if all(isinstance(delta, NoDelta) for delta in deltas):
+        raise MismatchError("there is nothing to merge: every input is the base itself", hint="name an adapter")
     labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
     return Inputs(checkpoint, label(reference, directory), deltas, labels, paths, adapters)

@@ -70,6 +70,7 @@ def merge(
     check_target(out, overwrite=overwrite)
     settings = Settings.read(signature(method), inputs, parameters, weights)
     opened = open_inputs(settings.inputs, base)
+    opened.check_apart(out)
     settings = settings.over(opened.base.entries)
     names = opened.touched()
     for _ in settings.distinct(names):
