@@ -90,6 +90,7 @@ class MergeRecipe(Strict):
     weights: list[float] | None = None
     dialect: str = "mergekit"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
     engine: Literal["paft", "mergekit"] = "paft"
 

@@ -25,6 +25,8 @@ from paft.recipe import MergeRecipe
 @click.option("--base", metavar="MODEL", help="The base  [default: what the adapters name].")
 @click.option("--dialect", metavar="NAME", help="mergekit, paper or peft, where they differ  [default: mergekit].")
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [default: the base's].")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]),
+              help="stochastic: small deltas survive bfloat16 on average.")
 @click.option("--output-kind", type=click.Choice(["full", "lora", "delta"]), default="full", show_default=True,
               help="A whole model, an adapter, or the delta alone.")
 @rank_option
@@ -50,7 +52,7 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
     RECIPE may be mergekit's YAML (models, slices of whole models, gradients).
     """
     file = options.recipe_file(given["file"])
-    flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "seed", "engine")}
+    flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "rounding", "seed", "engine")}
     flags |= {"adapters": list(adapters) or None, "weights": _weights(given["weights"])}
     for item in given["parameters"]:
         if not item.partition("=")[0] or "=" not in item:
@@ -90,7 +92,8 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
     if recipe.engine == "mergekit":
         from paft.merge.mergekit import engine as backend
 
-        for key, value, only in (("dialect", recipe.dialect, "mergekit"), ("output-kind", given["output_kind"], "full")):
+        for key, value, only in (("dialect", recipe.dialect, "mergekit"), ("rounding", recipe.rounding, "nearest"),
+                                 ("output-kind", given["output_kind"], "full")):
             if value != only:
                 raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
         if given["rank"] is not None or given["max_error"] is not None:
@@ -99,7 +102,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
-                        rank=given["rank"], max_error=given["max_error"])
+                        rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"])
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:

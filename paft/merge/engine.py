@@ -34,6 +34,7 @@ from paft.provenance import check_target, content_hash, output_dir, write_manife
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+ROUNDINGS = ("nearest", "stochastic")
 OUTPUT_KINDS = ("full", "lora", "delta")
 
 
@@ -47,6 +48,7 @@ def merge(
     out: Path,
     dialect: str = "mergekit",
     dtype: str | None = None,
+    rounding: str = "nearest",
     seed: int = 0,
     output_kind: str = "full",
     rank: int | None = None,
@@ -61,21 +63,24 @@ def merge(
 
     ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. An input may be
     ``{"adapter": PATH, "weight": V, ...}``; values may vary over the model (`paft.merge.settings`). ``weights`` is one number
-    per input, 1 each by default. ``dtype`` None keeps the base's. ``rank`` or ``max_error`` cut an adapter
-    (``output_kind`` lora) and are needed where the method is not linear in the deltas. ``tile_elements`` bounds the memory and
-    ``threads`` (one a core) the tensors at work; neither changes a byte. Raises UsageError for wrong parameters,
-    MismatchError for inputs that do not fit together or a target that is not empty, NotFoundError, ResourceError; the
-    target is then as it was.
+    per input, 1 each by default. ``dtype`` None keeps the base's; ``rounding`` stochastic keeps small deltas on average.
+    ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
+    deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
+    Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
+    NotFoundError, ResourceError; the target is then as it was.
     """
     out = Path(out)
     check_target(out, overwrite=overwrite)
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _known("output kind", output_kind, OUTPUT_KINDS)
+    if _known("rounding", rounding, ROUNDINGS) != "nearest" and output_kind != "full":
+        raise UsageError("only a whole model is rounded", hint="leave out the rounding")
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs(settings.inputs, base)
     settings = settings.over(opened.base.entries)
-    job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget)
+    job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget,
+              rounding)
     job.check_parameters()
     opened.check_apart(out)
     if dry_run:

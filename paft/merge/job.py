@@ -19,6 +19,7 @@ from paft.merge.lowrank import Budget
 from paft.merge.merged import Merged, products
 from paft.merge.ops import Filter, Plan
 from paft.merge.settings import Settings
+from paft.merge.stochastic import Rounding
 from paft.merge.tally import Tally
 from paft.merge.tensor import merged_tiles
 from paft.merge.writer import Read
@@ -38,6 +39,7 @@ class Job:
     elements: int
     threads: int
     budget: Budget | None = None
+    rounding: str = "nearest"
     trims: dict[str, list[Filter]] | None = None  # of every tensor, where the method trims over the whole model
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
@@ -88,7 +90,8 @@ class Job:
         """The merged row tiles of one tensor in the output type; raises MismatchError when the type overflows."""
         tensors = self.tensors(entry.name)
         plan, dtype = self.plan(entry.name, tensors), writer.output_dtype(entry, self.dtype)
-        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements)
+        rounding = Rounding(self.seed, entry.name) if self.rounding == "stochastic" else None
+        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements, rounding)
 
     def source(self) -> Source:
         """The merged delta itself, tensor by tensor, for the outputs that are no whole model."""
@@ -112,6 +115,7 @@ class Job:
             **self.settings.record(self.inputs.names),
             "base": self.inputs.base_name,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            **({} if self.rounding == "nearest" else {"rounding": self.rounding}),
             "output_kind": self.output_kind,
             **({} if self.budget is None else self.budget.named()),
             "seed": self.seed,
