@@ -90,7 +90,7 @@ class ProductTensor:
     def tile(self, start: int, stop: int) -> torch.Tensor:
         first = start // BLOCK * BLOCK
         last = min(-(-stop // BLOCK) * BLOCK, self.rows)
-        out = torch.empty(last - first, self.columns, dtype=self.right.dtype)
+        out = torch.empty(last - first, self.columns, dtype=self.right.dtype, device=self.right.device)
         self.into(out, first, last)
         return out[start - first : stop - first]
 

@@ -27,6 +27,7 @@ from paft.recipe import MergeRecipe
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [default: the base's].")
 @click.option("--rounding", type=click.Choice(["nearest", "stochastic"]),
               help="stochastic: small deltas survive bfloat16 on average.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where deltas are computed.")
 @click.option("--output-kind", type=click.Choice(["full", "lora", "delta"]), default="full", show_default=True,
               help="A whole model, an adapter, or the delta alone.")
 @rank_option
@@ -102,7 +103,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
-                        rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"])
+                        device=given["device"], rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"])
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:

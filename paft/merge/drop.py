@@ -54,16 +54,16 @@ class RankedDrop:
 
     def mask(self, tile: torch.Tensor, start: int) -> torch.Tensor:
         bounds = (self._chances(tile.shape[1]) * (1 << 32)).round().long()
-        return random_bits(self.key, tile, start) < bounds[_ranks(tile)]
+        return random_bits(self.key, tile, start) < bounds.take(_ranks(tile))
 
     def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
         kept = tile * self.scale * self.mask(tile, start)
-        return kept / self._chances(tile.shape[1]).to(tile.dtype)[_ranks(tile)] if self.inverse else kept
+        return kept / self._chances(tile.shape[1]).to(tile.dtype).take(_ranks(tile)) if self.inverse else kept
 
     def _chances(self, columns: int) -> torch.Tensor:
         """p by rank, from the smallest."""
         if columns == 1:
-            return torch.tensor([self.density], dtype=torch.float64)
+            return torch.full((1,), self.density, dtype=torch.float64)
         rise = torch.arange(columns, dtype=torch.float64) / (columns - 1)
         return self.density - self.epsilon + 2 * self.epsilon * rise
 

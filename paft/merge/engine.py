@@ -22,6 +22,7 @@ from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS
 from paft.errors import UsageError, did_you_mean
 from paft.merge import writer
+from paft.merge.device import DEVICES, check_device
 from paft.merge.estimate import estimate
 from paft.merge.inputs import open_inputs
 from paft.merge.job import Job
@@ -49,6 +50,7 @@ def merge(
     dialect: str = "mergekit",
     dtype: str | None = None,
     rounding: str = "nearest",
+    device: str = "cpu",
     seed: int = 0,
     output_kind: str = "full",
     rank: int | None = None,
@@ -75,12 +77,13 @@ def merge(
     _known("output kind", output_kind, OUTPUT_KINDS)
     if _known("rounding", rounding, ROUNDINGS) != "nearest" and output_kind != "full":
         raise UsageError("only a whole model is rounded", hint="leave out the rounding")
+    check_device(_known("device", device, DEVICES))
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs(settings.inputs, base)
     settings = settings.over(opened.base.entries)
     job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget,
-              rounding)
+              rounding, device)
     job.check_parameters()
     opened.check_apart(out)
     if dry_run:

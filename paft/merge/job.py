@@ -13,6 +13,7 @@ from paft.delta import BaseTensor, ProductTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import UsageError
 from paft.merge import methods, writer
 from paft.merge.deltas import Source
+from paft.merge.device import making, moved
 from paft.merge.global_trim import model_trims
 from paft.merge.inputs import Inputs
 from paft.merge.lowrank import Budget
@@ -40,6 +41,7 @@ class Job:
     threads: int
     budget: Budget | None = None
     rounding: str = "nearest"
+    device: str = "cpu"
     trims: dict[str, list[Filter]] | None = None  # of every tensor, where the method trims over the whole model
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
@@ -52,19 +54,22 @@ class Job:
         """One tensor's delta of every input, zero where an input does not touch it."""
         entry = self.inputs.base.entries[name]
         step = tile_rows(entry.columns, self.elements)
-        return [
+        found = [
             delta.tensor(name, self.elements) if name in reach else ZeroTensor(entry.rows, entry.columns, step)
             for delta, reach in zip(self.inputs.deltas, self.reach, strict=True)
         ]
+        return [moved(tensor, self.device) for tensor in found]
 
     def plan(self, name: str, tensors: Sequence[Tiled] | None = None) -> Plan:
         """How one tensor is merged; this is where a method makes its passes over ΔW."""
         entry = self.inputs.base.entries[name]
-        base = BaseTensor(name, self.inputs.base, entry.rows, entry.columns, tile_rows(entry.columns, self.elements))
+        own = BaseTensor(name, self.inputs.base, entry.rows, entry.columns, tile_rows(entry.columns, self.elements))
+        base = moved(own, self.device)
         trims = None if self.trims is None else self.trims[name]
         weights, parameters = self.settings.at(name)
         function = methods.bind(self.method, parameters, dialect=self.dialect, seed=self.seed, base=base, trims=trims)
-        return function(self.tensors(name) if tensors is None else tensors, weights)
+        with making(self.device):
+            return function(self.tensors(name) if tensors is None else tensors, weights)
 
     def check_parameters(self) -> list[Plan]:
         """Let the method refuse values (a density of 2, three adapters for SLERP) before any tensor is read.
@@ -91,7 +96,7 @@ class Job:
         tensors = self.tensors(entry.name)
         plan, dtype = self.plan(entry.name, tensors), writer.output_dtype(entry, self.dtype)
         rounding = Rounding(self.seed, entry.name) if self.rounding == "stochastic" else None
-        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements, rounding)
+        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements, rounding, self.device)
 
     def source(self) -> Source:
         """The merged delta itself, tensor by tensor, for the outputs that are no whole model."""

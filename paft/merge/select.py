@@ -27,7 +27,8 @@ class Selection:
 def select(delta: Tiled, count: int) -> Selection:
     """The ``count``-th largest magnitude, exactly. Both forms give the same answer."""
     size = delta.rows * delta.columns
-    if size >= FUSED_FROM and delta.tile(0, 1).dtype == torch.float32:
+    first = delta.tile(0, min(1, delta.rows))
+    if size >= FUSED_FROM and (first.dtype, first.device.type) == (torch.float32, "cpu"):
         return between(delta, count) or by_histogram(delta, count)
     return by_histogram(delta, count)
 

@@ -14,6 +14,7 @@ import torch
 from paft.checkpoint import FLOATS, Entry
 from paft.delta import Tiled, fill, tile_rows
 from paft.errors import MismatchError
+from paft.merge.device import making
 from paft.merge.ops import Plan
 from paft.merge.select import FUSED_FROM
 from paft.merge.stochastic import Rounding
@@ -23,22 +24,24 @@ Read = Callable[[int, int], torch.Tensor]
 
 
 def merged_tiles(entry: Entry, tensors: Sequence[Tiled], plan: Plan, read: Read, dtype: torch.dtype, tally: Tally,
-                 elements: int, rounding: Rounding | None = None) -> Iterator[torch.Tensor]:
+                 elements: int, rounding: Rounding | None = None, device: str = "cpu") -> Iterator[torch.Tensor]:
     """The merged row tiles of one tensor in ``dtype``; a tile lives until the next one is asked for.
 
-    ``rounding`` None is to nearest.
+    ``rounding`` None is to nearest. ``device`` is where the deltas are; the tiles come back to the CPU.
 
     ``read(start, stop)`` gives rows of the base, once each, in order. Raises MismatchError when a value does not fit.
     """
     step = tile_rows(entry.columns, elements)
     spans = [(start, min(start + step, entry.rows)) for start in range(0, entry.rows, step)]
-    fused = None if rounding else _fused(entry, tensors, plan, dtype, tally, step)
+    fused = None if rounding or device != "cpu" else _fused(entry, tensors, plan, dtype, tally, step)
     one = fused or _plain(tensors, plan, dtype, tally, rounding)
     for start, stop in spans:
-        out = one(start, stop, read(start, stop))
+        weight = read(start, stop)
+        with making(device):
+            out = one(start, stop, weight.to(device))
         if out is None:
             raise MismatchError(f"{entry.name} does not fit into {dtype} after merging", hint="pass --dtype float32")
-        yield out
+        yield out.cpu()
 
 
 _Tile = Callable[[int, int, torch.Tensor], torch.Tensor | None]

@@ -41,7 +41,7 @@ class Between:
     narrow: Trim
 
     def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
-        return tile * (self.wide.mask(tile, start) & ~self.narrow.mask(tile, start))
+        return tile * (self.wide.mask(tile, start) & self.narrow.mask(tile, start).logical_not())
 
 
 @dataclass(frozen=True)
