@@ -74,10 +74,7 @@ def merge(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
-    _known("output kind", output_kind, OUTPUT_KINDS)
-    if _known("rounding", rounding, ROUNDINGS) != "nearest" and output_kind != "full":
-        raise UsageError("only a whole model is rounded", hint="leave out the rounding")
-    check_device(_known("device", device, DEVICES))
+    _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs(settings.inputs, base)
@@ -91,6 +88,13 @@ def merge(
     with output_dir(out, overwrite=overwrite) as scratch:
         report = _write(job.with_trims(), scratch, _Steps(progress, len(opened.base.entries)))
     return report | {"out": str(out)}
+
+
+def _check_output(kind: str, rounding: str, device: str) -> None:
+    _known("output kind", kind, OUTPUT_KINDS)
+    check_device(_known("device", device, DEVICES))
+    if _known("rounding", rounding, ROUNDINGS) != "nearest" and kind != "full":
+        raise UsageError("only a whole model is rounded", hint="leave out the rounding")
 
 
 def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
