@@ -7,7 +7,8 @@ runs in a process of its own that ends when its output is on the disk (fsync); t
 mergekit runs as its users run it (its LoRA cache in the base's dtype) and with a float32 cache; PEFT by `add_weighted_adapter`
 ("ties"), `merge_and_unload` and `save_pretrained`. The error is that of the merged delta W' - W against a float64 TIES of the
 float64 factors, over a few tensors, so the final rounding to the base's dtype is part of it for everybody: "rounding alone" is
-the error of the exact merge after that rounding. Tools take turns, and the medians of their runs are reported.
+the error of the exact merge after that rounding. Tools take turns, and the medians of their runs are reported;
+results are kept by the checkpoint's name in the JSON file.
 """
 
 from __future__ import annotations
@@ -204,7 +205,8 @@ def report(checkpoint: Path, runs: dict[str, list[dict[str, Any]]], out: Path) -
         lines.append(f"| {row['tool']} | {row['wall_s']:.1f} | {ratio} | {row['cpu_s']:.1f} | {row['rss_bytes'] / 1e9:.2f} | "
                      f"{row['scratch_bytes'] / 1e9:.1f} | {error} |")
     print("\n".join(lines))
-    record = {"checkpoint": checkpoint.name, "cores": os.cpu_count(), "machine": platform.machine(), "rows": rows}
+    record = {"checkpoint": checkpoint.name, "cores": os.cpu_count(), "machine": platform.machine(), "rows": rows,
+              "table": lines[2:]}
     store = json.loads(out.read_text()) if out.is_file() else {}
     out.write_text(json.dumps({**store, checkpoint.name: record}, indent=1) + "\n")
 
