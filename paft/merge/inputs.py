@@ -11,12 +11,15 @@ from paft.adapter import CONFIG, PATTERNS, Adapter, label, read_adapter
 from paft.checkpoint import Checkpoint
 from paft.delta import Delta, FullDelta, LoraDelta
 from paft.errors import MismatchError, NotFoundError, UsageError
-from paft.provenance import content_hash
+from paft.provenance import content_hash, read_manifest
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened inputs of a merge; ``adapters`` are those of them that are no full models."""
+    """The opened inputs of a merge; ``adapters`` are those of them that are no full models.
+
+    ``base_hash`` is the base's content hash if it had to be computed to compare it with what the adapters record.
+    """
 
     base: Checkpoint
     base_name: str
@@ -24,6 +27,7 @@ class Inputs:
     names: list[str]
     paths: list[Path]
     adapters: list[Adapter]
+    base_hash: str | None = None
 
     def touched(self) -> list[str]:
         """The base's tensors that some delta changes, in the base's order."""
@@ -31,11 +35,13 @@ class Inputs:
         return [name for name in self.base.entries if name in changed]
 
 
-def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
+def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: bool = False) -> Inputs:
     """Open the base and every input; ``base`` None means the one that all the adapters name.
 
-    Raises UsageError without inputs or when full models come without a base, MismatchError when adapters name
-    different bases or do not fit the base, NotFoundError for what does not exist.
+    Raises UsageError without inputs or when full models come without a base, NotFoundError for what does not exist,
+    MismatchError when adapters name different bases, do not fit the base, or record in ``paft.json`` that they were
+    trained on a base of other content (unless ``allow_base_mismatch``: the same model in another type), and when an
+    input comes twice: its weight says how often it counts. (mergekit adds it twice, silently.)
     """
     if not names:
         raise UsageError("nothing to merge", hint="name at least one adapter")
@@ -46,6 +52,7 @@ def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
     if (directory / CONFIG).is_file():
         raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
     checkpoint = Checkpoint.open(directory)
+    base_hash = None if allow_base_mismatch else _check_base(adapters, directory)
     deltas: list[Delta] = [
         LoraDelta(each, checkpoint)
         if isinstance(each, Adapter)
@@ -54,7 +61,41 @@ def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
     ]
     labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
-    return Inputs(checkpoint, label(reference, directory), deltas, labels, paths, adapters)
+    _check_distinct(labels, deltas)
+    return Inputs(checkpoint, label(reference, directory), deltas, labels, paths, adapters, base_hash)
+
+
+def _check_base(adapters: Sequence[Adapter], base: Path) -> str | None:
+    """Compare the base with what the adapters record of theirs; its hash, or None where none of them records any."""
+    recorded = {adapter.name: _recorded_base(adapter) for adapter in adapters}
+    if not any(recorded.values()):
+        return None
+    found = content_hash(base)
+    for name, wanted in recorded.items():
+        if wanted not in (None, found):
+            raise MismatchError(
+                f"{name} was trained on a base of content {wanted[:12]}, {base.name} has {found[:12]}",
+                hint="pass the base it was trained on, or --allow-base-mismatch if only the type differs",
+            )
+    return found
+
+
+def _recorded_base(adapter: Adapter) -> str | None:
+    base = (read_manifest(adapter.path) or {}).get("base")
+    recorded = base.get("content_sha256") if isinstance(base, dict) else None
+    return recorded if isinstance(recorded, str) else None
+
+
+def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:
+    """Refuse two inputs with the same tensors; adapters also differ by their scales."""
+    seen: dict[object, str] = {}
+    for name, delta in zip(names, deltas, strict=True):
+        scales = [f.scale for f in delta.adapter.factors.values()] if isinstance(delta, LoraDelta) else []
+        key = (delta.content_hash, *scales)
+        if key in seen:
+            same = f"{name} is given twice" if seen[key] == name else f"{name} and {seen[key]} hold the same tensors"
+            raise MismatchError(same, hint="give it once, with the sum of the weights")
+        seen[key] = name
 
 
 def _open(name: str) -> Adapter | Path:
