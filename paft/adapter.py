@@ -41,6 +41,8 @@ _UNSUPPORTED = {
     "arrow_config": "Arrow routes between adapters for each token",
     "megatron_config": "the factors are split over devices",
 }
+# What a plain LoRA does not have: PEFT would look for tensors that are not there.
+_WITHOUT = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "trainable_token_indices": None}
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract their start from it.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -162,7 +164,7 @@ def concatenate(
 
 def check_low_rank(adapter: Adapter) -> None:
     """Raises MismatchError, with a name, for an adapter whose change is more than s·B·A of linear layers and embeddings."""
-    beside = adapter.beside | {parameter: "experts in one parameter" for parameter in adapter.stacks}
+    beside = adapter.beside | {name: "LoRA on a bare parameter" for name in adapter.config.get("target_parameters") or []}
     for name, what in beside.items():
         raise MismatchError(
             f"{adapter.name}: {name} has {what}, which no sum of LoRAs can say",
@@ -183,6 +185,7 @@ def _sum_config(adapters: Sequence[Adapter], ranks: dict[str, int]) -> dict[str,
         "alpha_pattern": odd,
         "init_lora_weights": True,
         "inference_mode": True,
+        **_WITHOUT,
     }
     if any(
         set(adapter.factors) != set(ranks) or adapter.config.get("target_modules") != first.get("target_modules")

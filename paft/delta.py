@@ -18,7 +18,8 @@ import torch
 from paft.adapter import Adapter
 from paft.checkpoint import Checkpoint
 from paft.errors import MismatchError
-from paft.peftfile import Rows
+from paft.naming import aligned
+from paft.peftfile import Rows, Saved
 from paft.placement import place
 from paft.variants import (
     DoraTensor,
@@ -184,6 +185,16 @@ class LoraDelta:
     def tile(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.tensor(name).tile(start, stop)
 
+    def check_low_rank(self, name: str) -> None:
+        """Raises MismatchError when the change of this tensor is more than one plain s·B·A, so that no LoRA holds it."""
+        if name in self.parts and name not in self.modules:
+            kinds = {Saved: "replaced", Rows: "replaced in rows", Shift: "a bias", Stack: "a stack of experts"}
+            said = [kinds.get(type(part), "DoRA, tied or one of stacked experts") for part in self.parts[name]]
+            raise MismatchError(
+                f"{self.adapter.name}: {name} is {' and '.join(said)}, which no LoRA can say",
+                hint="write a full model or a delta instead of an adapter",
+            )
+
     def _tensor(self, part: Part, name: str, step: int, key: str) -> Tiled:
         entry = self.base.entries[name]
         if isinstance(part, LowRank):
@@ -214,17 +225,15 @@ def _product(part: LowRank, step: int, key: str) -> ProductTensor:
 
 
 class FullDelta:
-    """The ΔW of a fine-tuned model: ``θ_ft - θ_pre`` of every float tensor, in float32.
+    """The ΔW of a fine-tuned model: ``θ_ft - θ_pre`` of every float tensor, in float32, by the base's names.
 
     Raises MismatchError when the two do not have the same tensors of the same shapes, or when an integer tensor
     differs.
     """
 
     def __init__(self, tuned: Checkpoint, base: Checkpoint, content_hash: str) -> None:
+        tuned = aligned(tuned, base)
         self.tuned, self.base, self.content_hash = tuned, base, content_hash
-        for name in sorted(tuned.entries.keys() ^ base.entries.keys()):
-            lacking = base.path.name if name in tuned.entries else tuned.path.name
-            raise MismatchError(f"{lacking} has no tensor {name}", hint="a full model must have the tensors of its base")
         for name, entry in base.entries.items():
             other = tuned.entries[name]
             if other.shape != entry.shape or other.is_float != entry.is_float:

@@ -104,6 +104,26 @@ class Names:
         return long or is_vocabulary(name)
 
 
+def aligned(tuned: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """A fine-tuned model by its base's names, whatever prefix its file has and whether it stores a tied head again.
+
+    Raises MismatchError for a tensor that only one of them has.
+    """
+    if tuned.entries.keys() == base.entries.keys():
+        return tuned
+    names, hint = Names(tuned, tuned.path.name, None), "a full model must have the tensors of its base"
+    found: dict[str, str] = {}
+    for name in base.entries:
+        other = names.look(name) or names.stored_as(name)
+        if other is None:
+            raise MismatchError(f"{tuned.path.name} has no tensor {name}", hint=hint)
+        found[name] = other
+    twins = {one for pair in names.ties.items() if set(pair) & set(found.values()) for one in pair}
+    for name in sorted(tuned.entries.keys() - set(found.values()) - twins):
+        raise MismatchError(f"{base.path.name} has no tensor {name}", hint=hint)
+    return Checkpoint(tuned.path, tuned.files, {name: tuned.entries[other] for name, other in found.items()}, tuned.config)
+
+
 def is_vocabulary(name: str) -> bool:
     """Is this tensor called like an embedding or a head?"""
     return name.split(".")[-2:][0] in HEADS + EMBEDDINGS

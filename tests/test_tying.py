@@ -135,3 +135,36 @@ def test_a_base_that_holds_two_different_copies_is_not_tied(bases: Bases, tmp_pa
     adapter = make(base, tmp_path / "adapter", target_modules=["lm_head"])
     out = merged(base, adapter, tmp_path / "out")
     assert torch.allclose(load(out)(TOKENS).logits, wrapped(base, adapter)(TOKENS).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("tuned", "base"), [("llama", "twice"), ("twice", "llama")])
+def test_a_full_model_may_store_a_tied_head_again(bases: Bases, tmp_path: Path, tuned: str, base: str) -> None:
+    model = load(bases[tuned])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    if tuned == "twice":
+        tensors = tensors_of(tmp_path / "tuned")
+        save_file(tensors | {"lm_head.weight": tensors[EMBED].clone()}, tmp_path / "tuned" / SINGLE, metadata={"format": "pt"})
+    out = merged(bases[base], tmp_path / "tuned", tmp_path / "out")
+    assert torch.allclose(load(out)(TOKENS).logits, model(TOKENS).logits, atol=1e-4)
+    if tuned == "twice":  # two heads are no longer one
+        save_file(tensors | {"lm_head.weight": tensors[EMBED] + 1}, tmp_path / "tuned" / SINGLE, metadata={"format": "pt"})
+        with pytest.raises(MismatchError, match=r"llama has no tensor lm_head\.weight"):
+            merged(bases[base], tmp_path / "tuned", tmp_path / "again")
+
+
+def test_a_full_model_may_have_another_prefix(bases: Bases, tmp_path: Path) -> None:
+    """The hub's gpt2 stores h.0..., and transformers saves transformer.h.0...."""
+    model = load(bases["gpt2"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    base = save_model(tmp_path / "base", "gpt2", tied=True)
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(base).items()}
+    save_file(short, base / SINGLE, metadata={"format": "pt"})
+    out = merged(base, tmp_path / "tuned", tmp_path / "out")
+    assert tensors_of(out).keys() == short.keys()
+    assert torch.allclose(load(out)(TOKENS).logits, model(TOKENS).logits, atol=1e-4)

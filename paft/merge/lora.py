@@ -26,6 +26,8 @@ def write_lora(inputs: Inputs, out: Path, plan: Callable[[str], Plan], progress:
         coefficients = plan(name).coefficients
         if coefficients is None:
             raise UsageError("this method's result is not of low rank", hint="use --output-kind full")
+        for delta in deltas:
+            delta.check_low_rank(name)
         modules = {delta.modules[name] for delta in deltas if name in delta.modules}
         if len(modules) > 1:
             raise MismatchError(f"the adapters call {name} by different names: {', '.join(sorted(modules))}")
