@@ -102,6 +102,8 @@ def scale_and_rank(config: Mapping[str, Any], module: str) -> tuple[float, int]:
     alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     if not isinstance(rank, int) or rank < 1:
         raise MismatchError(f"{module} has rank {rank} by its configuration", hint="a rank is a positive integer")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise MismatchError(f"{module} has alpha {alpha} by its configuration", hint="alpha is a finite number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), rank
 
 

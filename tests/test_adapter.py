@@ -148,6 +148,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "adalora": (edit_config(peft_type="ADALORA"), "ADALORA"),
     "loftq": (edit_config(init_lora_weights="loftq"), "init_lora_weights=loftq"),
     "pattern": (edit_config(rank_pattern={"(": 2}), "no regular expression"),
+    "alpha": (edit_config(alpha_pattern={"up_proj": float("inf")}), "alpha inf"),
     "no-rank-at-all": (edit_config(r=0), "rank 0"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), "init_lora_weights=pissa_niter_4"),
     "no-rank": (edit_config(r=None), "lacks r"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,12 @@ def test_hub_ids_offline(tiny_base: Path, adapter: Path, tmp_path: Path, monkeyp
     edit_config(tmp_path / "models--org--adapter" / "snapshots" / COMMIT, revision="v3")
     with pytest.raises(NotFoundError, match=r"the base that the adapters name, org/base@v3"):
         open_inputs(["org/adapter"], None)
+
+
+def test_plain_adapters_are_opened_without_transformers(tiny_tied_base: Path, make_adapter: AdapterFactory) -> None:
+    """Importing it takes longer than many a merge; only tied or renamed tensors need its tables."""
+    adapter = make_adapter(tiny_tied_base, 1, use_dora=True, target_modules=["q_proj"])
+    code = f"import sys; from paft.merge.inputs import open_inputs; open_inputs([{str(adapter)!r}], None)"
+    code += "; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
