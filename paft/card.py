@@ -38,6 +38,19 @@ def adapter_card(
     return _card(title, header | {"library_name": "peft", "tags": list(tags)}, recipe, metrics, text)
 
 
+def delta_card(
+    title: str,
+    *,
+    base: str | None,
+    recipe: Mapping[str, Any],
+    metrics: Sequence[Row] = (),
+    tags: Sequence[str] = ("paft", "delta"),
+    text: str = "",
+) -> str:
+    """The card of a delta file; arguments as for `model_card`."""
+    return _card(title, {"base_model": _repo(base), "tags": list(tags)}, recipe, metrics, text)
+
+
 def _repo(base: str | None) -> str | None:
     """``org/name@revision`` -> ``org/name``: the hub's header knows no revision. Other names are not for the hub."""
     repo = (base or "").partition("@")[0]

@@ -19,7 +19,7 @@ from paft.adapter import Adapter
 from paft.checkpoint import Checkpoint
 from paft.errors import MismatchError
 from paft.naming import aligned
-from paft.peftfile import Rows, Saved
+from paft.peftfile import Rows
 from paft.placement import place
 from paft.variants import (
     DoraTensor,
@@ -70,9 +70,9 @@ class Delta(Protocol):
 
 
 def tile_rows(columns: int, elements: int) -> int:
-    """Rows per tile: about ``elements`` entries, in whole blocks where that is possible."""
+    """Rows per tile: about ``elements`` entries, in whole blocks (up to four times ``elements``), as a part costs as much."""
     rows = max(1, elements // max(1, columns))
-    return rows if rows < BLOCK else rows // BLOCK * BLOCK
+    return rows // BLOCK * BLOCK or (BLOCK if 4 * rows >= BLOCK else rows)
 
 
 def spans(tensor: Tiled) -> Iterator[tuple[int, int]]:
@@ -102,10 +102,22 @@ class ProductTensor:
         first = start // BLOCK * BLOCK
         last = min(-(-stop // BLOCK) * BLOCK, self.rows)
         out = torch.empty(last - first, self.columns, dtype=self.right.dtype)
-        for row in range(first, last, BLOCK):
-            end = min(row + BLOCK, self.rows)
-            torch.mm(self.left[row:end], self.right, out=out[row - first : end - first])
+        self.into(out, first, last)
         return out[start - first : stop - first]
+
+    def into(self, out: torch.Tensor, start: int, stop: int) -> None:
+        """Write the rows into ``out``; ``start`` is a multiple of `BLOCK`, and so is ``stop`` unless it is the last row."""
+        for row in range(start, stop, BLOCK):
+            end = min(row + BLOCK, stop)
+            torch.mm(self.left[row:end], self.right, out=out[row - start : end - start])
+
+
+def fill(place: torch.Tensor, tensor: Tiled, start: int, stop: int) -> torch.Tensor:
+    """Rows ``start:stop`` of a tensor in ``place``; a product is computed there, which saves a copy."""
+    if isinstance(tensor, ProductTensor) and start % BLOCK == 0 and (stop % BLOCK == 0 or stop == tensor.rows):
+        tensor.into(place, start, stop)
+        return place
+    return place.copy_(tensor.tile(start, stop))
 
 
 @dataclass(frozen=True)
@@ -184,16 +196,6 @@ class LoraDelta:
 
     def tile(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.tensor(name).tile(start, stop)
-
-    def check_low_rank(self, name: str) -> None:
-        """Raises MismatchError when the change of this tensor is more than one plain s·B·A, so that no LoRA holds it."""
-        if name in self.parts and name not in self.modules:
-            kinds = {Saved: "replaced", Rows: "replaced in rows", Shift: "a bias", Stack: "a stack of experts"}
-            said = [kinds.get(type(part), "DoRA, tied or one of stacked experts") for part in self.parts[name]]
-            raise MismatchError(
-                f"{self.adapter.name}: {name} is {' and '.join(said)}, which no LoRA can say",
-                hint="write a full model or a delta instead of an adapter",
-            )
 
     def _tensor(self, part: Part, name: str, step: int, key: str) -> Tiled:
         entry = self.base.entries[name]

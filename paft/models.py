@@ -26,22 +26,28 @@ def free_cores() -> int:
         return cores
 
 
-def quiet_libraries() -> None:
-    """Set thread count and silence chatter; call it before anything imports torch. OMP_NUM_THREADS, if set, wins.
+def set_threads() -> None:
+    """As many threads as free cores, which wait passively; call it before anything imports torch. OMP_NUM_THREADS wins.
 
-    Passive waiting: OpenMP's threads spin between operations by default, and where another process wants the same cores that
-    made a merge of the demo base take 13 s instead of 0.2 s.
+    OpenMP's threads spin between operations by default, and where another process wants the same cores that made a merge of
+    the demo base take 13 s instead of 0.2 s.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(free_cores())
+
+
+def quiet_libraries() -> None:
+    """`set_threads`, and silence for chatter; call it before anything imports torch."""
+    set_threads()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # TRL and PEFT still use names that transformers renames; their users cannot act on it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|peft)")
-    import torch
     from transformers.utils import logging
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(free_cores())
     logging.set_verbosity_error()
     stdlib_logging.getLogger("trl").setLevel(stdlib_logging.ERROR)  # paft says in a line what matters of its warnings
     logging.disable_progress_bar()

@@ -2,8 +2,8 @@
 
 `output_dir(target)` hands out a scratch directory beside the target and moves it into place when the block ends without an
 error: a killed run leaves no directory that looks finished. `write_manifest` records command, resolved recipe, seed, versions,
-content hashes and cost; `content_hash` is the sha256 of tensor names, dtypes, shapes and bytes, so it does not change when a
-file is copied, re-sharded or its header re-ordered.
+content hashes and cost. `content_hash` depends on tensor names, dtypes, shapes and bytes alone, so it does not change when a file
+is copied, re-sharded or its header re-ordered; it is a tree, so that tensors can be hashed in any order, while they are written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,19 +114,32 @@ def tensor_files(path: Path) -> list[Path]:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 over (name, dtype, shape, bytes) of every tensor in a directory's safetensors files, in order of name."""
-    where = {name: (file, start, entry) for file in tensor_files(path) for name, start, entry in _entries(file)}
+    """`tree_hash` of every tensor in a directory's safetensors files."""
+    where = [(file, *found) for file in tensor_files(path) for found in _entries(file)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+        digests = list(pool.map(_digest, where))
+    return tree_hash({name: (entry["dtype"], entry["shape"], digest)
+                      for (_, name, _, entry), digest in zip(where, digests, strict=True)})
+
+
+def tree_hash(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+    """sha256 over (name, dtype, shape, hex sha256 of the bytes) of every tensor, in order of name."""
     digest = hashlib.sha256()
-    for name in sorted(where):
-        file, start, entry = where[name]
-        begin, end = entry["data_offsets"]
-        digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
-        with file.open("rb") as stream:
-            stream.seek(start + begin)
-            remaining = end - begin
-            while remaining and (block := stream.read(min(remaining, 1 << 22))):
-                digest.update(block)
-                remaining -= len(block)
+    for name, (dtype, shape, tensor) in sorted(tensors.items()):
+        digest.update(f"{name}\0{dtype}\0{list(shape)}\0{tensor}\0".encode())
+    return digest.hexdigest()
+
+
+def _digest(where: tuple[Path, str, int, dict[str, Any]]) -> str:
+    file, _, start, entry = where
+    begin, end = entry["data_offsets"]
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        stream.seek(start + begin)
+        remaining = end - begin
+        while remaining and (block := stream.read(min(remaining, 1 << 22))):
+            digest.update(block)
+            remaining -= len(block)
     return digest.hexdigest()
 
 
@@ -163,13 +177,15 @@ def peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], seed: int | None, **extra: Any) -> dict[str, Any]:
+def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], seed: int | None, content_sha256: str | None = None,
+                   **extra: Any) -> dict[str, Any]:
     """Write ``paft.json`` into ``directory`` (its tensors must be complete) and return what was written.
 
-    ``extra`` holds whatever the stage knows: ``base``, ``inputs`` (name, hash), ``metrics``, ``wall_s``.
+    ``content_sha256``: the tensors' hash where the caller has it already. ``extra`` holds whatever the stage knows: ``base``,
+    ``inputs`` (name, hash), ``metrics``, ``wall_s``.
     """
     manifest = {"schema": SCHEMA, "command": command, "recipe": recipe, "seed": seed, "versions": versions(),
-                "content_sha256": content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
+                "content_sha256": content_sha256 or content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import AdapterFactory
+from methodkit import BUSY, EXACTLY_TWO, LINEAR, MEANS, RANDOM, UNWEIGHTED
 from safetensors.torch import load_file, save_file
 
 from paft.adapter import WEIGHTS, read_adapter
@@ -20,11 +21,10 @@ from paft.merge import methods
 from paft.merge.engine import merge
 
 ROOT = Path(__file__).resolve().parents[1]
-DENSITIES = {name: {"density": 0.4} for name in ("ties", "magnitude_prune", "dare_linear", "dare_ties")}
 
 
 def run(inputs: list[Path], out: Path, method: str = "task_arithmetic", **options: Any) -> dict[str, Any]:
-    options = {"base": None, "parameters": DENSITIES.get(method, {}), "weights": None, **options}
+    options = {"base": None, "parameters": BUSY.get(method, {}), "weights": None, **options}
     return merge([str(path) for path in inputs], method=method, out=out, **options)
 
 
@@ -80,7 +80,7 @@ def test_bytes_do_not_depend_on_tiles(pair: list[Path], narrow_base: Path, tmp_p
     assert all(each == outs[0] for each in outs)
 
 
-@pytest.mark.parametrize("method", [name for name in methods.names() if name not in ("linear", "slerp")])
+@pytest.mark.parametrize("method", [name for name in methods.names() if name not in MEANS | UNWEIGHTED])
 def test_zero_weight_is_the_base_byte_for_byte(pair: list[Path], narrow_base: Path, tmp_path: Path, method: str) -> None:
     run(pair, tmp_path / "out", method, base=str(narrow_base), weights=[0.0, 0.0])
     base, out = digests(narrow_base), digests(tmp_path / "out")
@@ -88,7 +88,7 @@ def test_zero_weight_is_the_base_byte_for_byte(pair: list[Path], narrow_base: Pa
     assert out.keys() - base.keys() == {"README.md", "paft.json"}
 
 
-@pytest.mark.parametrize("method", ["linear", "slerp"])
+@pytest.mark.parametrize("method", sorted(MEANS))
 def test_zero_weight_of_one_is_the_other_alone(pair: list[Path], tmp_path: Path, method: str) -> None:
     run(pair, tmp_path / "out", method, weights=[1.0, 0.0])
     run(pair[:1], tmp_path / "alone")
@@ -136,7 +136,7 @@ def test_another_dtype(pair: list[Path], narrow_base: Path, tmp_path: Path, dtyp
 
 def test_order_of_three_adapters(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path) -> None:
     paths = [make_adapter(tiny_base, seed) for seed in (1, 2, 3)]
-    for method in [name for name in methods.names() if name != "slerp"]:
+    for method in [name for name in methods.names() if name not in EXACTLY_TWO]:
         run(paths, tmp_path / f"{method}-a", method)
         run(paths[::-1], tmp_path / f"{method}-b", method)
         first, second = weights_of(tmp_path / f"{method}-a"), weights_of(tmp_path / f"{method}-b")
@@ -145,13 +145,13 @@ def test_order_of_three_adapters(tiny_base: Path, make_adapter: AdapterFactory, 
 
 @pytest.mark.parametrize("method", methods.names())
 def test_gauge(pair: list[Path], tmp_path: Path, method: str) -> None:
-    """A -> QA, B -> BQᵀ. DARE's masks follow the factors' hash, so they are turned off here."""
+    """A -> QA, B -> BQᵀ. Random masks follow the factors' hash, so they are turned off here."""
     turned = [shutil.copytree(path, tmp_path / f"turned-{i}") for i, path in enumerate(pair)]
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
     for path in turned:
         tensors = load_file(path / WEIGHTS)
         save_file({n: (turn @ t if "lora_A" in n else t @ turn.T).contiguous() for n, t in tensors.items()}, path / WEIGHTS)
-    parameters = {} if method.startswith("dare") else DENSITIES.get(method, {})
+    parameters = {} if method in RANDOM else BUSY.get(method, {})
     for name, paths in {"plain": pair, "turned-out": turned}.items():
         run(paths, tmp_path / name, method, parameters=parameters)
     plain, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "turned-out")
@@ -176,13 +176,13 @@ def test_full_models_are_inputs_too(tiny_base: Path, pair: list[Path], tmp_path:
     assert all(torch.allclose(mixed[name], both[name], rtol=0, atol=1e-6) for name in both)
 
 
-@pytest.mark.parametrize(("method", "parameters"), [("linear", {}), ("task_arithmetic", {"lambda": 0.5}), ("slerp", {})])
+@pytest.mark.parametrize("method", sorted(LINEAR))
 def test_adapter_output_is_exact(
-    tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, method: str, parameters: dict[str, Any]
+    tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, method: str
 ) -> None:
     inputs = [make_adapter(tiny_base, 1), make_adapter(tiny_base, 2, r=2, target_modules=["q_proj", "up_proj"])]
-    run(inputs, tmp_path / "full", method, parameters=parameters)
-    report = run(inputs, tmp_path / "lora", method, parameters=parameters, output_kind="lora")
+    run(inputs, tmp_path / "full", method)
+    report = run(inputs, tmp_path / "lora", method, output_kind="lora")
     assert report["rank"] in (4, 6)
     run([tmp_path / "lora"], tmp_path / "folded")
     full, folded = weights_of(tmp_path / "full"), weights_of(tmp_path / "folded")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import AdapterFactory
+from methodkit import AT_LEAST_TWO, PLAIN
 from safetensors.torch import load_file
 
 from paft.merge import methods
@@ -166,13 +167,17 @@ def fold(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return model.merge_and_unload().state_dict()
 
 
-@pytest.mark.parametrize("variant", IDENTITY)
-@pytest.mark.parametrize("name", [name for name in methods.names() if name != "slerp"])
+ALONE = [name for name in methods.names() if name not in AT_LEAST_TWO]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [*((name, "plain") for name in ALONE), *(("task_arithmetic", variant) for variant in list(IDENTITY)[1:])]
+)
 def test_identity_is_merge_and_unload(
     tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, variant: str, name: str
 ) -> None:
     adapter = make_adapter(tiny_base, 1, **IDENTITY[variant])
-    merge([str(adapter)], base=None, method=name, parameters={}, weights=None, out=tmp_path / "out")
+    merge([str(adapter)], base=None, method=name, parameters=PLAIN.get(name, {}), weights=None, out=tmp_path / "out")
     want = fold(tiny_base, adapter)
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert got.keys() == want.keys()

@@ -14,8 +14,9 @@ from variantkit import edit_config, make, own_deltas, peft_deltas, save_model, t
 
 from paft.adapter import CONFIG, WEIGHTS
 from paft.cli import invoke
-from paft.errors import MismatchError
+from paft.errors import MismatchError, PaftError, UsageError
 from paft.merge.engine import merge
+from paft.merge.extract import extract
 
 PRE = "base_model.model."
 
@@ -93,24 +94,44 @@ def test_adapter_output_of_products_is_exact(bases: dict[str, Path], tmp_path: P
     assert "norm" not in (tmp_path / "out" / CONFIG).read_text()
 
 
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "dora": ("llama", {"use_dora": True}, r"up_proj\.weight is DoRA"),
-    "saved": ("llama", {"modules_to_save": ["norm"]}, r"layernorm\.weight is replaced"),
-    "tokens": ("llama", {"trainable_token_indices": [1]}, r"embed_tokens\.weight is replaced in rows"),
-    "lora-bias": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, r"q_proj\.bias is a bias"),
-    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]}, r"w2\.weight is .*experts"),
-    "router": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]}, "gate.weight has LoRA on a bare"),
-    "tied": ("tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, r"embed_tokens\.weight is .*tied"),
+REFUSED: dict[str, tuple[str, dict[str, Any], type[PaftError], str]] = {
+    "dora": ("llama", {"use_dora": True}, UsageError, "not of low rank"),
+    "tokens": ("llama", {"trainable_token_indices": [1]}, UsageError, r"not of low rank \(model\.embed_tokens"),
+    "saved": ("llama", {"modules_to_save": ["norm"]}, MismatchError, r"change of model\.layers\.0\.input_layernorm\.weight"),
+    "lora-bias": ("qwen2", {"target_modules": ["q_proj"], "lora_bias": True}, MismatchError, r"change of .*q_proj\.bias"),
+    "experts": ("mixtral", {"target_modules": [], "target_parameters": ["down_proj"]}, MismatchError, r"experts\.0\.w2"),
+    "router": ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight"]}, MismatchError, "block_sparse_moe.gate"),
+    "tied": ("tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, MismatchError, "are tied"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_adapter_output_of_anything_else_is_refused(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
-    kind, options, message = REFUSED[case]
+    kind, options, error, message = REFUSED[case]
     adapter = make(bases[kind], tmp_path / "adapter", **options)
-    with pytest.raises(MismatchError, match=message):
+    with pytest.raises(error, match=message):
         run(bases[kind], [adapter], tmp_path / "out", output_kind="lora")
     assert [each.name for each in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_dora_as_a_plain_lora_by_rank(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Of full rank it is exact; what it costs below that is told."""
+    adapter = make(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    report = run(bases["llama"], [adapter], tmp_path / "whole", output_kind="lora", rank=32)
+    assert report["relative_error"] < 1e-5
+    got, want = own_deltas(bases["llama"], tmp_path / "whole"), own_deltas(bases["llama"], adapter)
+    assert all(torch.allclose(got[name], want[name], atol=1e-5) for name in want)
+    assert run(bases["llama"], [adapter], tmp_path / "cut", output_kind="lora", rank=3)["relative_error"] > 0.01
+
+
+@pytest.mark.parametrize("number", range(len(UNLIKE)))
+def test_a_delta_file_of_a_variant_is_the_variant(bases: dict[str, Path], tmp_path: Path, number: int) -> None:
+    adapter = make(bases["qwen2"], tmp_path / "adapter", **UNLIKE[number])
+    extract(str(adapter), base=str(bases["qwen2"]), out=tmp_path / "delta")
+    for name, each in {"one": adapter, "two": tmp_path / "delta"}.items():
+        run(bases["qwen2"], [each], tmp_path / name)
+    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def rewrite(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], object]:

@@ -1,4 +1,4 @@
-"""Each method against its formula in float64, against the laws, and its interface to users."""
+"""The first methods against their formulas in float64, and every method's interface to users."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from paft.cli import invoke
 from paft.errors import UsageError
 from paft.merge import methods
 from paft.merge.drop import Drop, drop
 from paft.merge.ops import DIALECTS, DenseTensor, apply
 
-# (method, parameters): a row for each method and each dialect where it has them.
+# (method, parameters). The newer ones are compared with mergekit's code and the papers in test_method_parity.py.
 TABLE: list[tuple[str, dict[str, Any]]] = [
     ("linear", {}),
     ("task_arithmetic", {"lambda_": 0.7}),
@@ -97,80 +96,6 @@ def test_formula_in_float64(name: str, parameters: dict[str, Any], weights: list
     assert torch.allclose(got, want, rtol=1e-12, atol=1e-18)
 
 
-@each_row
-def test_float32_is_close_to_float64(name: str, parameters: dict[str, Any]) -> None:
-    narrow = [delta.float() for delta in pair()]
-    want = run(name, [delta.double() for delta in narrow], [1.0, 1.0], **parameters)
-    got = run(name, narrow, [1.0, 1.0], **parameters)
-    assert got.dtype == torch.float32
-    assert float((got - want).norm() / want.norm()) < 2e-7
-
-
-# Laws
-
-
-@each_row
-@settings(deadline=None, max_examples=8)
-@given(step=st.integers(1, 40), seed=st.integers(0, 9))
-def test_tiles_change_no_bit(name: str, parameters: dict[str, Any], step: int, seed: int) -> None:
-    deltas = [delta.float() for delta in pair(seed)]
-    whole = run(name, deltas, [1.0, 1.0], **parameters)
-    assert torch.equal(whole, run(name, deltas, [1.0, 1.0], step=step, **parameters))
-
-
-@each_row
-def test_order_of_adapters(name: str, parameters: dict[str, Any]) -> None:
-    """Swapping adapters (with their weights, densities and mask keys) changes nothing."""
-    first, second = pair()
-    parameters = dict(parameters)
-    weights = [1.0, 1.0] if "t" in parameters else [0.25, 0.5]
-    function = methods.load(name)
-
-    def both(order: list[int], **values: Any) -> torch.Tensor:
-        tensors = [DenseTensor([first, second][i], "ab"[i]) for i in order]
-        plan = function(tensors, [weights[i] for i in order], **values)
-        return plan([tensor.data for tensor in tensors], 0)
-
-    swapped = {
-        key: value[::-1] if isinstance(value, list) else 1 - value if key == "t" else value for key, value in parameters.items()
-    }
-    assert torch.allclose(both([0, 1], **parameters), both([1, 0], **swapped), rtol=1e-12, atol=1e-17)
-
-
-@each_row
-def test_zero_strength_is_zero(name: str, parameters: dict[str, Any]) -> None:
-    if name in ("linear", "slerp"):
-        with pytest.raises(UsageError, match="sum to zero"):
-            run(name, pair(), [0.0, 0.0])
-        return
-    assert not run(name, pair(), [0.0, 0.0], **parameters).any()
-
-
-@pytest.mark.parametrize("name", [name for name in methods.names() if name != "slerp"])
-@pytest.mark.parametrize("dialect", list(DIALECTS))
-def test_identity(name: str, dialect: str) -> None:
-    """One adapter, weight 1, nothing dropped: the delta itself, bit for bit."""
-    keywords = {"dialect": dialect} if methods.describe(name)["dialects"] else {}
-    delta = pair()[0].float()
-    assert torch.equal(run(name, [delta], [1.0], **keywords), delta)
-
-
-@pytest.mark.parametrize("name", ["ties", "dare_ties", "dare_linear", "task_arithmetic", "magnitude_prune", "linear"])
-def test_a_silent_adapter_changes_nothing_but_the_mean(name: str) -> None:
-    delta = pair()[0]
-    keywords = {"normalize": False} if "normalize" in methods.parameters(methods.load(name)) else {}
-    assert torch.equal(run(name, [delta, torch.zeros_like(delta)], [1.0, 1.0], **keywords), delta)
-
-
-@settings(deadline=None, max_examples=30)
-@given(scale=st.sampled_from([0.5, 2.0, 4.0, 1024.0]), seed=st.integers(0, 5), row=st.sampled_from(range(len(TABLE))))
-def test_scaling_the_deltas_scales_the_result(scale: float, seed: int, row: int) -> None:
-    name, parameters = TABLE[row]
-    merged = run(name, pair(seed), [1.0, 1.0], **parameters)
-    scaled = run(name, [delta * scale for delta in pair(seed)], [1.0, 1.0], **parameters)
-    assert torch.allclose(scaled, merged * scale, rtol=1e-12, atol=0)
-
-
 def test_slerp_keeps_the_length_that_lerp_loses() -> None:
     a = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
     b = torch.tensor([[0.0, 3.0]], dtype=torch.float64)
@@ -221,6 +146,43 @@ def test_slerp_refuses(parameters: dict[str, Any], weights: list[float], message
 
 
 @pytest.mark.parametrize(
+    ("name", "parameters", "weights", "message"),
+    [
+        ("della", {"density": 0.9}, [1, 1, 1], "density ± epsilon"),
+        ("della_linear", {"density": 0.5, "epsilon": [0.1, 0.6, 0.1]}, [1, 1, 1], "density ± epsilon"),
+        ("della_linear", {"density": 0.5, "epsilon": -0.1}, [1, 1, 1], "density ± epsilon"),
+        ("della", {"density": 0.5, "epsilon": [0.1, 0.1]}, [1, 1, 1], "2 values for 3"),
+        ("breadcrumbs", {"gamma": 1.0}, [1, 1, 1], "gamma must be"),
+        ("breadcrumbs_ties", {"gamma": [0.1]}, [1, 1, 1], "1 values for 3"),
+        ("breadcrumbs_ties", {"normalize": True}, [1, -1, 1], "negative weight"),
+        ("model_stock", {}, [1, 1, 2], "no weights"),
+        ("sce", {}, [0.5, 0.5, 0.5], "no weights"),
+        ("sce", {"select_topk": 0.0}, [1, 1, 1], "select_topk"),
+        ("ram", {}, [1, 2, 1], "no weights"),
+        ("ram", {"epsilon": -1.0}, [1, 1, 1], "epsilon"),
+        ("ramplus_tl", {"r": math.nan}, [1, 1, 1], "negative"),
+        ("karcher", {}, [1, -1, 1], "negative weight"),
+        ("karcher", {"tol": -1.0}, [1, 1, 1], "tol"),
+        ("nearswap", {}, [1, 1, 1], "needs t"),
+        ("nearswap", {"t": 0.0}, [1, 1, 1], "positive"),
+        ("nuslerp", {}, [1, 1, 1], "two adapters"),
+    ],
+)
+def test_values_that_are_refused(name: str, parameters: dict[str, Any], weights: list[float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(name, [*pair(), pair(1)[0]], weights, **parameters)
+
+
+def test_refusals_that_depend_on_the_number_of_adapters() -> None:
+    with pytest.raises(UsageError, match="at least two"):
+        run("model_stock", pair()[:1], [1.0])
+    with pytest.raises(UsageError, match="needs two"):
+        run("sce", pair()[:1], [1.0], select_topk=0.5)
+    with pytest.raises(UsageError, match="no effect"):
+        run("nuslerp", pair(), [1.0, 1.0], nuslerp_row_wise=True)
+
+
+@pytest.mark.parametrize(
     ("name", "given_", "hint"),
     [
         ("tise", {}, "ties"),
@@ -260,8 +222,23 @@ def test_describe_says_what_a_user_needs(name: str) -> None:
     assert told["name"] == name
     assert told["summary"].endswith(".")
     assert "Source:" in told["doc"]
-    assert not {"dialect", "seed", "base"} & set(told["parameters"])
+    assert not set(methods.HANDED_IN) & set(told["parameters"])
     assert all(not key.endswith("_") for key in told["parameters"])
+
+
+def test_the_list_of_methods_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: lines.index("")]] == methods.names()
+    assert all(len(line) < 80 for line in lines)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_help_of_a_method_fits_a_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["methods", name]) == 0
+    told = capsys.readouterr().out
+    assert all(len(line) < 80 for line in told.splitlines()), [line for line in told.splitlines() if len(line) > 79]
+    assert "".join(told.split()).startswith("".join(methods.describe(name)["doc"].split()))  # no word is lost
 
 
 def test_names_load_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -137,3 +138,16 @@ def test_sums_do_not_depend_on_tiles(rows: int, step: int, seed: int) -> None:
     assert dot(whole, DenseTensor(right)) == dot(tiled, DenseTensor(right))
     assert total(whole, lambda x, _: x.abs()) == total(tiled, lambda x, _: x.abs())
     assert dot(whole, DenseTensor(right)) == pytest.approx(float((left.double() * right.double()).sum()))
+
+
+def test_magnitudes_in_a_band_are_those_of_a_stable_sort() -> None:
+    """Many equal magnitudes: the ranks skipped and kept are those of a stable sort, for any density and gamma."""
+    data = torch.randint(-3, 4, (7, 9), generator=torch.Generator().manual_seed(1)).float()
+    order = data.flatten().abs().sort(descending=True, stable=True).indices
+    for density, gamma in itertools.product((0.1, 0.5, 0.9), (0.0, 0.05, 0.3, 0.9)):
+        count = max(1, int(density * 63))
+        skipped = min(int(gamma * 63), 63 - count)
+        want = torch.zeros(63)
+        want[order[skipped : skipped + count]] = data.flatten()[order[skipped : skipped + count]]
+        got = trim(DenseTensor(data, step=2), density, DIALECTS["mergekit"], gamma)(data, 0)
+        assert torch.equal(got.flatten(), want)

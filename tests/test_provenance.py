@@ -139,8 +139,8 @@ def independent_hash(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        digest.update(f"{name}\0{kinds[tensor.dtype]}\0{list(tensor.shape)}\0".encode())
-        digest.update(bytes(tensor.view(torch.uint8).flatten().tolist()) if tensor.numel() else b"")
+        raw = bytes(tensor.view(torch.uint8).flatten().tolist()) if tensor.numel() else b""
+        digest.update(f"{name}\0{kinds[tensor.dtype]}\0{list(tensor.shape)}\0{hashlib.sha256(raw).hexdigest()}\0".encode())
     return digest.hexdigest()
 
 

@@ -27,9 +27,9 @@ def cli() -> None:
 
 
 def _register() -> None:
-    from paft.cli import merge, report, system, train
+    from paft.cli import delta, merge, report, system, train
 
-    for command in (system.run, train.train_sft, train.train_dpo, train.train_joint, merge.merge, merge.methods,
+    for command in (system.run, train.train_sft, train.train_dpo, train.train_joint, merge.merge, merge.methods, delta.delta,
                     report.sparsity_report, report.evaluate, system.recipes, system.verify):
         cli.add_command(command)
 

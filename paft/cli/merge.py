@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from paft.cli import options
+from paft.cli.delta import max_error_option, rank_option, result_lines
 from paft.errors import UsageError
 from paft.recipe import MergeRecipe, load
 
@@ -22,8 +23,10 @@ from paft.recipe import MergeRecipe, load
 @click.option("--base", metavar="MODEL", help="The base  [default: what the adapters name].")
 @click.option("--dialect", metavar="NAME", help="mergekit, paper or peft, where they differ  [default: mergekit].")
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [default: the base's].")
-@click.option("--output-kind", type=click.Choice(["full", "lora"]), default="full", show_default=True,
-              help="A whole model, or an exact adapter.")
+@click.option("--output-kind", type=click.Choice(["full", "lora", "delta"]), default="full", show_default=True,
+              help="A whole model, an adapter, or the delta alone.")
+@rank_option
+@max_error_option
 @options.recipe_option
 @options.set_option("parameters.lambda=0.8")
 @click.option("--seed", type=int, help="Seed of the random methods (DARE).")
@@ -49,9 +52,9 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
         raise UsageError("no adapters to merge", hint="paft merge ADAPTER ADAPTER --method ties -o DIR")
     out = given["out"] or Path("merges") / (file.stem if file else recipe.method)
 
-    from paft.models import quiet_libraries
+    from paft.models import set_threads
 
-    quiet_libraries()
+    set_threads()
     from paft.merge import engine
     from paft.progress import Progress
 
@@ -63,7 +66,8 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
         report = engine.merge(
             recipe.adapters, base=recipe.base, method=recipe.method, parameters=recipe.parameters, weights=recipe.weights,
             out=out, dialect=recipe.dialect, dtype=recipe.dtype, seed=recipe.seed, output_kind=given["output_kind"],
-            overwrite=given["overwrite"], dry_run=given["dry_run"], progress=progress,
+            rank=given["rank"], max_error=given["max_error"], overwrite=given["overwrite"], dry_run=given["dry_run"],
+            progress=progress,
         )
     lines = _plan_lines(report, out) if given["dry_run"] else _result_lines(report, out)
     options.show(report, lines, as_json=given["as_json"])
@@ -77,6 +81,8 @@ def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
 
 
 def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
+    if report["output_kind"] != "full":
+        return result_lines(report, out)
     count = report["tensors"]
     lines = [f"{out}: {count['merged']} tensors merged, {count['copied']} copied, {report['wall_s']:.1f} s"]
     kept = [f"{one['name']} {one['kept_share']:.0%}" for one in report["adapters"] if one.get("kept_share") is not None]
@@ -112,7 +118,7 @@ def methods(name: str | None, as_json: bool, **_: Any) -> None:
 
     found = [describe(one) for one in ([name] if name else names())]
     if name:
-        lines = [found[0]["doc"], "", *(f"  -p {key}={value}" for key, value in found[0]["parameters"].items())]
+        lines = [*options.folded(found[0]["doc"]), "", *(f"  -p {key}={value}" for key, value in found[0]["parameters"].items())]
     else:
         lines = [*options.hang([(one["name"], one["summary"]) for one in found]), "", "next: paft methods ties"]
     options.show(found[0] if name else found, lines, as_json=as_json)

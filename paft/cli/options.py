@@ -62,6 +62,15 @@ def hang(rows: Sequence[tuple[str, ...]], width: int = 79) -> list[str]:
     return lines
 
 
+def folded(doc: str, width: int = 79) -> list[str]:
+    """A docstring's paragraphs wrapped to the terminal; indented blocks (equations, tables) as they are."""
+    lines: list[str] = []
+    for part in doc.split("\n\n"):
+        block = part.startswith("    ")
+        lines += [*(part.splitlines() if block else textwrap.wrap(part.replace("\n", " "), width)), ""]
+    return lines[:-1]
+
+
 def size(count: float) -> str:
     """Bytes for people: ``1.9 MB``."""
     for unit in ("B", "kB", "MB", "GB"):

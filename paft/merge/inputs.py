@@ -11,12 +11,14 @@ from paft.adapter import CONFIG, PATTERNS, Adapter, label, read_adapter
 from paft.checkpoint import Checkpoint
 from paft.delta import Delta, FullDelta, LoraDelta
 from paft.errors import MismatchError, NotFoundError, UsageError
+from paft.merge.deltafile import PATTERNS as DELTA_PATTERNS
+from paft.merge.deltafile import DeltaFile, base_of, is_delta
 from paft.provenance import content_hash, read_manifest
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened inputs of a merge; ``adapters`` are those of them that are no full models.
+    """The opened inputs of a merge; ``adapters`` are those of them that are LoRA adapters.
 
     ``base_hash`` is the base's content hash if it had to be computed to compare it with what the adapters record.
     """
@@ -27,6 +29,7 @@ class Inputs:
     names: list[str]
     paths: list[Path]
     adapters: list[Adapter]
+    reference: str  # the base as it was named: a path, or a hub id
     base_hash: str | None = None
 
     def touched(self) -> list[str]:
@@ -47,22 +50,27 @@ def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: 
         raise UsageError("nothing to merge", hint="name at least one adapter")
     opened = [_open(name) for name in names]
     adapters = [each for each in opened if isinstance(each, Adapter)]
-    reference = base or _common_base(adapters, len(opened))
+    reference = base or _delta_base(opened) or _common_base(adapters, len(opened))
     directory = _find_base(reference, given=base is not None)
     if (directory / CONFIG).is_file():
         raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
     checkpoint = Checkpoint.open(directory)
     base_hash = None if allow_base_mismatch else _check_base(adapters, directory)
-    deltas: list[Delta] = [
-        LoraDelta(each, checkpoint)
-        if isinstance(each, Adapter)
-        else FullDelta(Checkpoint.open(each), checkpoint, content_hash(each))
-        for each in opened
-    ]
+    deltas = [_delta(each, checkpoint) for each in opened]
     labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
     _check_distinct(labels, deltas)
-    return Inputs(checkpoint, label(reference, directory), deltas, labels, paths, adapters, base_hash)
+    named = label(reference, directory)
+    named_as = reference if Path(reference).expanduser().exists() else named
+    return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as, base_hash)
+
+
+def _delta(opened: Adapter | Path, base: Checkpoint) -> Delta:
+    if isinstance(opened, Adapter):
+        return LoraDelta(opened, base)
+    if is_delta(opened):
+        return DeltaFile(opened, base)
+    return FullDelta(Checkpoint.open(opened), base, content_hash(opened))
 
 
 def _check_base(adapters: Sequence[Adapter], base: Path) -> str | None:
@@ -99,12 +107,21 @@ def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:
 
 
 def _open(name: str) -> Adapter | Path:
-    directory = hub.resolve(name, kind="adapter", patterns=[*PATTERNS, "config.json"])
+    directory = hub.resolve(name, kind="adapter", patterns=[*PATTERNS, *DELTA_PATTERNS, "config.json"])
+    if is_delta(directory):
+        return directory
     if (directory / CONFIG).is_file():
         return read_adapter(name)
     if not (directory / "config.json").is_file():
         raise NotFoundError(f"{name} is neither an adapter nor a model: no {CONFIG}, no config.json")
     return hub.resolve(name, kind="model", patterns=hub.MODEL_FILES)
+
+
+def _delta_base(opened: Sequence[Adapter | Path]) -> str | None:
+    """The base of the first delta file, where no adapter names one; a delta file checks its base tensor by tensor."""
+    if any(isinstance(each, Adapter) and each.base_model for each in opened):
+        return None
+    return next((base_of(each) for each in opened if isinstance(each, Path) and is_delta(each)), None)
 
 
 def _common_base(adapters: Sequence[Adapter], inputs: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 
 @dataclass
 class Tally:
-    """Counts over all merged tensors. Energies are sums of squares, exact over rows, so tiles do not change them."""
+    """Counts over one tensor, or over many (`add`). Energies are sums of squares: float64 along a row, exact over the rows
+    of a tensor and over tensors, so neither tiles nor threads change them.
+    """
 
     adapters: Sequence[str]
     entries: int = 0
@@ -47,6 +49,29 @@ class Tally:
         square, error = delta.square(), (applied - delta).square_()
         for total, values in zip(self.squares, (square, square * landed, error), strict=True):
             total += values.sum(dim=1, dtype=torch.float64).tolist()
+
+    def counted(self, entries: int, counts: Sequence[int], sums: Iterable[Sequence[float]]) -> None:
+        """What `filtered` and `rounded` count of one tile, from a kernel (`kernels.counters`, and energies by rows)."""
+        n = len(self.adapters)
+        self.entries += entries
+        self.before = [a + b for a, b in zip(self.before, counts[:n], strict=True)]
+        self.after = [a + b for a, b in zip(self.after, counts[n : 2 * n], strict=True)]
+        self.conflicts += counts[2 * n]
+        self.nonzero += counts[2 * n + 1]
+        self.survived += counts[2 * n + 2]
+        for total, values in zip(self.squares, zip(*sums, strict=True), strict=True):
+            total += values
+
+    def add(self, other: Tally) -> None:
+        """Take in the finished tally of one tensor."""
+        self.entries += other.entries
+        self.conflicts += other.conflicts
+        self.nonzero += other.nonzero
+        self.survived += other.survived
+        self.before = [a + b for a, b in zip(self.before, other.before, strict=True)]
+        self.after = [a + b for a, b in zip(self.after, other.after, strict=True)]
+        for total, part in zip(self.squares, other.squares, strict=True):
+            total.append(math.fsum(part))
 
     def report(self) -> dict[str, Any]:
         """The ``adapters``, ``sign_conflicts`` and ``rounding`` parts of a merge's report; shares are in [0, 1]."""

@@ -1,13 +1,16 @@
-"""Trimming by magnitude: the exact k-th largest entry of a tensor that is never held whole."""
+"""Trimming by magnitude: the largest entries of a tensor, or those below its outliers, in a tensor never held whole."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from paft.delta import Tiled
-from paft.merge.ops import Dialect, Filter, flat_index, keep, tiles
+from paft.errors import UsageError
+from paft.merge.ops import Dialect, Filter, PerAdapter, densities, flat_index, keep, numbers, total
+from paft.merge.select import select
 
 
 @dataclass(frozen=True)
@@ -17,60 +20,100 @@ class Trim:
     value: float
     last: int | None = None
 
-    def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
+    def mask(self, tile: torch.Tensor, start: int) -> torch.Tensor:
         size = tile.abs()
         if self.last is None:
-            return tile * (size >= self.value)
+            return size >= self.value
+        if self.last < 0:
+            return size > self.value
         index = flat_index(tile, start)
-        return tile * ((size > self.value) | ((size == self.value) & (index <= self.last)))
+        return (size > self.value) | ((size == self.value) & (index <= self.last))
+
+    def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
+        return tile * self.mask(tile, start)
 
 
-def trim(delta: Tiled, density: float, dialect: Dialect) -> Filter:
+@dataclass(frozen=True)
+class Between:
+    """Keep what ``wide`` keeps and ``narrow`` does not: the outliers go, and the small ones."""
+
+    wide: Trim
+    narrow: Trim
+
+    def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
+        return tile * (self.wide.mask(tile, start) & ~self.narrow.mask(tile, start))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Another filter, times a number."""
+
+    inner: Filter
+    scale: float
+
+    def __call__(self, tile: torch.Tensor, start: int) -> torch.Tensor:
+        return self.inner(tile, start) * self.scale
+
+
+def trimmed(
+    deltas: Sequence[Tiled],
+    density: PerAdapter,
+    dialect: Dialect,
+    *,
+    gamma: PerAdapter = 0.0,
+    rescale: bool = False,
+    trims: Sequence[Filter] | None = None,
+) -> list[Filter]:
+    """One filter per delta: those handed in as ``trims``, or each tensor's own; ``rescale`` restores the L1 norms.
+
+    Raises UsageError for a density outside (0, 1], a gamma outside [0, 1), or a list of the wrong length.
+    """
+    shares, skipped = densities(density, len(deltas)), gammas(gamma, len(deltas))
+    if trims is None:
+        trims = [trim(delta, share, dialect, skip) for delta, share, skip in zip(deltas, shares, skipped, strict=True)]
+    return [_restored(delta, each) for delta, each in zip(deltas, trims, strict=True)] if rescale else list(trims)
+
+
+def trim(delta: Tiled, density: float, dialect: Dialect, gamma: float = 0.0) -> Filter:
     """A filter that keeps the ``max(1, int(density·n))`` largest magnitudes of a tensor, equal ones in index order.
 
+    ``gamma`` drops the ``int(gamma·n)`` largest first (fewer where else too few would be left), as breadcrumbs does.
     With the dialect's ``boundary`` it keeps ``int(density·n) + 1`` and every entry equal to the last of these.
     """
     size = delta.rows * delta.columns
     if density >= 1 or size == 0:
         return keep
-    if dialect.boundary:
-        return Trim(_select(delta, min(size, int(density * size) + 1))[0])
-    count = max(1, int(density * size))
-    value, above, equal = _select(delta, count)
-    if value == 0 or above + equal == count:  # zeros contribute nothing, kept or not
-        return Trim(value)
-    return Trim(value, _nth_equal(delta, value, count - above))
+    skipped, reached = ranks(size, density, dialect, gamma)
+    wide = top(delta, reached, equals=dialect.boundary)
+    return Between(wide, top(delta, skipped)) if skipped else wide
 
 
-def _select(delta: Tiled, count: int) -> tuple[float, int, int]:
-    """The ``count``-th largest magnitude, exactly; how many entries are larger; how many are equal.
-
-    Two passes: a histogram of the top 16 bits of |x| (ordered as |x| is), then the entries of the one bin that holds
-    the value. A bin is at most 1/128 of its value wide in float32, so it holds a small share of the entries.
-    """
-    histogram = torch.zeros(1 << 15, dtype=torch.int64)
-    for _, tile in tiles(delta):
-        histogram += torch.bincount(_top_bits(tile), minlength=1 << 15)
-    reached = histogram.flip(0).cumsum(0)
-    from_top = int(torch.searchsorted(reached, torch.tensor(count)))
-    chosen = (1 << 15) - 1 - from_top
-    above = int(reached[from_top] - histogram[chosen])
-    inside = torch.cat([tile.flatten().abs()[_top_bits(tile) == chosen] for _, tile in tiles(delta)])
-    value = inside.kthvalue(len(inside) - (count - above) + 1).values
-    return float(value), above + int((inside > value).sum()), int((inside == value).sum())
+def ranks(size: int, density: float, dialect: Dialect, gamma: float) -> tuple[int, int]:
+    """How many of ``size`` magnitudes, the largest first, come before those that are kept, and with them."""
+    count = min(size, int(density * size) + 1) if dialect.boundary else max(1, int(density * size))
+    skipped = min(int(gamma * size), size - count)
+    return skipped, skipped + count
 
 
-def _top_bits(tile: torch.Tensor) -> torch.Tensor:
-    wide = tile.dtype == torch.float64
-    bits = tile.contiguous().flatten().view(torch.int64 if wide else torch.int32)
-    return (bits >> (48 if wide else 16)) & 0x7FFF
+def top(delta: Tiled, count: int, *, equals: bool = False) -> Trim:
+    """A filter that keeps the ``count`` largest magnitudes; with ``equals`` every one that is equal to the last too."""
+    found = select(delta, count)
+    missing = count - found.above
+    if equals or found.value == 0 or missing == len(found.places):  # zeros contribute nothing, kept or not
+        return Trim(found.value)
+    return Trim(found.value, int(found.places[missing - 1]))
 
 
-def _nth_equal(delta: Tiled, value: float, count: int) -> int:
-    """The flat index of the ``count``-th entry whose magnitude is ``value``."""
-    for start, tile in tiles(delta):
-        where = (tile.flatten().abs() == value).nonzero().flatten()
-        if count <= len(where):
-            return start * delta.columns + int(where[count - 1])
-        count -= len(where)
-    raise AssertionError("the passes over a delta disagree")
+def gammas(value: PerAdapter, count: int) -> list[float]:
+    """One gamma per adapter; raises UsageError outside [0, 1) or for a wrong length."""
+    values = numbers("gamma", value, count)
+    for each in values:
+        if not 0 <= each < 1:
+            raise UsageError(f"gamma must be in [0, 1), not {each}", hint="gamma is the share of largest entries that is dropped")
+    return values
+
+
+def _restored(delta: Tiled, inner: Filter) -> Filter:
+    """The filter, scaled so that the delta keeps its L1 norm."""
+    after = total(delta, lambda tile, start: inner(tile, start).abs())
+    return Scaled(inner, total(delta, lambda tile, start: tile.abs()) / after) if after else inner

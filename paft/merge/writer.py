@@ -1,47 +1,201 @@
-"""Safetensors out in the base's own layout: the same files and order of tensors, untouched bytes copied undecoded."""
+"""Safetensors out in the base's own layout: the same files and order of tensors, untouched bytes copied undecoded.
+
+    base file ──> read once, hashed ──> merged tile by tile, or copied ──> hashed, written at its own offset ──> output file
+
+Every tensor's place in the output is known before it is computed, so tensors are worked on side by side by threads (the
+matrix products, the kernels, hashing and file access let go of the interpreter), and the disk writes while they compute.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, read_entries, read_header, read_json
 from paft.delta import TILE_ELEMENTS, tile_rows
+from paft.errors import MismatchError
+from paft.provenance import tree_hash
 
-Tiles = Callable[[Entry], Iterator[torch.Tensor] | None]
+Read = Callable[[int, int], torch.Tensor]
+Merged = Callable[[Entry, Read], Iterator[torch.Tensor] | None]
 
 # Never copied from the base: weights in any form, and what describes the base's own directory.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OWN = ("README.md", "paft.json", "adapter_config.json")
+_SPAN = 1 << 22
+_FLUSH = 1 << 27  # bytes written before the disk is told to begin
 
 
-def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged: Tiles) -> dict[str, int]:
-    """Write every file of the base's weights into ``out``.
+@dataclass
+class Written:
+    """What was moved, and the content hashes of what was read and written."""
 
-    ``merged(entry)`` yields the row tiles of a changed tensor in the output type, or is None for one that is copied:
-    byte for byte when its type stays, else rounded to ``dtype``. Returns ``{"read": bytes, "written": bytes}``.
+    read: int = 0
+    written: int = 0
+    base: dict[str, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
+    out: dict[str, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
+
+    @property
+    def base_hash(self) -> str:
+        return tree_hash(self.base)
+
+    @property
+    def out_hash(self) -> str:
+        return tree_hash(self.out)
+
+
+def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged: Merged, threads: int,
+                  progress: Callable[[str], None]) -> Written:
+    """Write every file of the base's weights into ``out``, ``threads`` tensors at a time.
+
+    ``merged(entry, read)`` yields the row tiles of a changed tensor in the output type, in order, having read every row of
+    the base once, in order, by ``read(start, stop)`` (whose result lives until the next call and may be written to); it is
+    None for a tensor that is copied: byte for byte when its type stays, else rounded to ``dtype``. It runs in a thread.
     """
-    written = 0
-    for file in base.files:
-        entries = [entry for entry in base.entries.values() if entry.file == file]
-        with file.open("rb", buffering=0) as source, (out / file.name).open("wb", buffering=0) as target:
-            written += _write_all(target, _header(file, entries, dtype))
-            for entry in entries:
-                tiles = merged(entry)
-                if tiles is None and _stays(entry, dtype):
-                    _copy_span(source, target, entry.offset, entry.nbytes)
-                    written += entry.nbytes
-                    continue
-                for tile in tiles if tiles is not None else _rounded(base, entry, dtype):
-                    written += _write_all(target, tile.contiguous().view(-1).view(torch.uint8).numpy())
-    return {"read": sum(entry.nbytes for entry in base.entries.values()), "written": written}
+    done, before = Written(), torch.get_num_threads()
+    with ExitStack() as stack:
+        flusher = stack.enter_context(ThreadPoolExecutor(1))
+        pool = stack.enter_context(ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)))
+        stack.callback(torch.set_num_threads, before)
+        jobs: list[tuple[Entry, _Place, Future[tuple[str, str]]]] = []
+        for file in base.files:
+            source = os.open(file, os.O_RDONLY)
+            stack.callback(os.close, source)
+            target = os.open(out / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            stack.callback(os.close, target)
+            for entry, place in _layout(file, base, dtype, source, target):
+                jobs.append((entry, place, pool.submit(_write_one, entry, place, merged)))
+        try:
+            pending = 0
+            for entry, place, job in jobs:
+                read, wrote = job.result()
+                done.base[entry.name] = (entry.dtype, entry.shape, read)
+                done.out[entry.name] = (place.dtype, entry.shape, wrote)
+                done.read += entry.nbytes
+                done.written += place.nbytes
+                pending += place.nbytes
+                if pending > _FLUSH:
+                    pending = 0
+                    flusher.submit(os.fdatasync, place.target)
+                progress(entry.name)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        for target in {place.target for _, place, _ in jobs}:
+            os.fsync(target)
+    return done
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one tensor's bytes go, and in which type."""
+
+    source: int
+    target: int
+    offset: int
+    nbytes: int
+    dtype: str
+
+
+def _layout(file: Path, base: Checkpoint, dtype: torch.dtype | None, source: int, target: int) -> Iterator[tuple[Entry, _Place]]:
+    """Write the header of an output file, give it its size, and yield the place of each of its tensors."""
+    entries = [entry for entry in base.entries.values() if entry.file == file]
+    header = _header(file, entries, dtype)
+    _write_at(target, header, 0)
+    position = len(header)
+    for entry in entries:
+        kind, size = _stored(entry, dtype)
+        yield entry, _Place(source, target, position, size, kind)
+        position += size
+    os.ftruncate(target, position)
+
+
+def _write_one(entry: Entry, place: _Place, merged: Merged) -> tuple[str, str]:
+    """Make one tensor; the hex hashes of its bytes in the base and in the output."""
+    reader = _Reader(entry, place.source)
+    tiles = merged(entry, reader)
+    if tiles is None and place.dtype == entry.dtype:
+        same = _copy(entry, place)
+        return same, same
+    position, digest = place.offset, hashlib.sha256()
+    for tile in tiles if tiles is not None else _rounded(entry, reader, FLOATS[place.dtype]):
+        data = memoryview(tile.contiguous().view(-1).view(torch.uint8).numpy()) if tile.numel() else memoryview(b"")  # type: ignore[arg-type]
+        digest.update(data)
+        _write_at(place.target, data, position)
+        position += len(data)
+    assert (reader.row, position) == (entry.rows, place.offset + place.nbytes), entry.name
+    return reader.digest.hexdigest(), digest.hexdigest()
+
+
+class _Reader:
+    """Reads the rows of one tensor of the base in order, into one buffer, and hashes them."""
+
+    def __init__(self, entry: Entry, source: int) -> None:
+        self.entry, self.source, self.row = entry, source, 0
+        self.digest, self.buffer = hashlib.sha256(), bytearray()
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        assert start == self.row, f"{self.entry.name} is read out of order"
+        self.row = stop
+        dtype = FLOATS[self.entry.dtype]
+        size = self.entry.columns * dtype.itemsize
+        if len(self.buffer) < (stop - start) * size:
+            self.buffer = bytearray((stop - start) * size)
+        if not size or start == stop:
+            return torch.empty(stop - start, self.entry.columns, dtype=dtype)
+        view = memoryview(self.buffer)[: (stop - start) * size]
+        _read_at(self.source, view, self.entry.offset + start * size, self.entry)
+        self.digest.update(view)
+        return torch.frombuffer(view, dtype=dtype).view(stop - start, self.entry.columns)
+
+
+def _copy(entry: Entry, place: _Place) -> str:
+    """Copy a tensor's bytes inside the kernel where it can (some file systems then share them); their hash."""
+    digest, buffer = hashlib.sha256(), bytearray(min(_SPAN, entry.nbytes))
+    for begin in range(0, entry.nbytes, _SPAN):
+        view = memoryview(buffer)[: min(_SPAN, entry.nbytes - begin)]
+        _read_at(place.source, view, entry.offset + begin, entry)
+        digest.update(view)
+        done = 0
+        try:
+            while done < len(view):
+                at = begin + done
+                count = os.copy_file_range(place.source, place.target, len(view) - done, entry.offset + at, place.offset + at)
+                if not count:
+                    break
+                done += count
+        except (AttributeError, OSError) as error:
+            known = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+            if isinstance(error, OSError) and error.errno not in known:
+                raise
+        _write_at(place.target, view[done:], place.offset + begin + done)
+    return digest.hexdigest()
+
+
+def _read_at(source: int, view: memoryview, offset: int, entry: Entry) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(source, [view[done:]], offset + done)
+        if not count:
+            raise MismatchError(f"{entry.file} ends inside {entry.name}", hint="copy or download it again")
+        done += count
+
+
+def _write_at(target: int, data: bytes | memoryview, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(target, view[done:], offset + done)
 
 
 def write_companions(base: Checkpoint, out: Path, dtype: torch.dtype | None) -> None:
@@ -67,6 +221,14 @@ def _stays(entry: Entry, dtype: torch.dtype | None) -> bool:
     return dtype is None or not entry.is_float or FLOATS[entry.dtype] == dtype
 
 
+def _stored(entry: Entry, dtype: torch.dtype | None) -> tuple[str, int]:
+    """The type and the bytes of a tensor in the output."""
+    if not entry.is_float:
+        return entry.dtype, entry.nbytes
+    kind = output_dtype(entry, dtype)
+    return FLOAT_NAMES[kind], entry.nbytes // FLOATS[entry.dtype].itemsize * kind.itemsize
+
+
 def _header(file: Path, entries: list[Entry], dtype: torch.dtype | None) -> bytes:
     header, data = read_header(file)
     if all(_stays(entry, dtype) for entry in entries):
@@ -74,8 +236,7 @@ def _header(file: Path, entries: list[Entry], dtype: torch.dtype | None) -> byte
             return stream.read(data)
     position = 0
     for entry in entries:
-        kind = FLOAT_NAMES[output_dtype(entry, dtype)] if entry.is_float else entry.dtype
-        size = entry.nbytes // FLOATS[entry.dtype].itemsize * FLOATS[kind].itemsize if entry.is_float else entry.nbytes
+        kind, size = _stored(entry, dtype)
         header[entry.name] = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -83,10 +244,10 @@ def _header(file: Path, entries: list[Entry], dtype: torch.dtype | None) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def _rounded(base: Checkpoint, entry: Entry, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+def _rounded(entry: Entry, read: Read, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     step = tile_rows(entry.columns, TILE_ELEMENTS)
     for start in range(0, entry.rows, step):
-        yield base.tile(entry.name, start, min(start + step, entry.rows)).to(output_dtype(entry, dtype))
+        yield read(start, min(start + step, entry.rows)).to(dtype)
 
 
 def _record_dtype(base: Checkpoint, out: Path, dtype: torch.dtype) -> None:
@@ -99,29 +260,3 @@ def _record_dtype(base: Checkpoint, out: Path, dtype: torch.dtype) -> None:
         size = sum(entry.nbytes for file in base.files for entry in read_entries(out / file.name))
         index.setdefault("metadata", {})["total_size"] = size
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_all(target: BinaryIO, data: Any) -> int:
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-    done = 0
-    while done < len(view):
-        done += target.write(view[done:])
-    return done
-
-
-def _copy_span(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> None:
-    """Copy bytes between files inside the kernel where it can, which on some file systems shares them."""
-    while size:
-        try:
-            count = os.copy_file_range(source.fileno(), target.fileno(), size, offset)
-        except (AttributeError, OSError) as error:
-            known = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-            if isinstance(error, OSError) and error.errno not in known:
-                raise
-            count = 0
-        if not count:
-            source.seek(offset)
-            count = _write_all(target, source.read(min(size, 1 << 22)))
-        if not count:
-            raise OSError(errno.EIO, "the base's file became shorter while it was copied")
-        offset, size = offset + count, size - count

@@ -1,8 +1,9 @@
 """The merge methods by name. A method is a pure function ``(deltas of one tensor, weights, *, parameters) -> Plan``.
 
-Names, defaults and help come from each function's signature and docstring. Three keyword names are not parameters but
-are handed in by the engine where a signature has them: ``dialect``, ``seed`` and ``base`` (the base's tensor, as
-tiles). Listing the names imports nothing heavy.
+Names, defaults and help come from each function's signature and docstring. Four keyword names are not parameters but
+are handed in by the engine where a signature has them: ``dialect``, ``seed``, ``base`` (the base's tensor, as tiles) and
+``trims`` (what `global_trim.model_trims` found over the whole model: one filter per delta of the tensor, or None). Listing the
+names imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,13 +18,25 @@ from paft.errors import UsageError, did_you_mean
 METHODS = {
     "linear": "paft.merge.methods.linear:linear",
     "task_arithmetic": "paft.merge.methods.task_arithmetic:task_arithmetic",
-    "ties": "paft.merge.methods.ties:ties",
     "slerp": "paft.merge.methods.slerp:slerp",
+    "nuslerp": "paft.merge.methods.nuslerp:nuslerp",
+    "multislerp": "paft.merge.methods.multislerp:multislerp",
+    "karcher": "paft.merge.methods.karcher:karcher",
+    "model_stock": "paft.merge.methods.model_stock:model_stock",
+    "ties": "paft.merge.methods.ties:ties",
+    "sce": "paft.merge.methods.sce:sce",
     "dare_linear": "paft.merge.methods.dare_linear:dare_linear",
     "dare_ties": "paft.merge.methods.dare_ties:dare_ties",
+    "della_linear": "paft.merge.methods.della_linear:della_linear",
+    "della": "paft.merge.methods.della:della",
+    "breadcrumbs": "paft.merge.methods.breadcrumbs:breadcrumbs",
+    "breadcrumbs_ties": "paft.merge.methods.breadcrumbs_ties:breadcrumbs_ties",
     "magnitude_prune": "paft.merge.methods.magnitude_prune:magnitude_prune",
+    "ram": "paft.merge.methods.ram:ram",
+    "ramplus_tl": "paft.merge.methods.ramplus_tl:ramplus_tl",
+    "nearswap": "paft.merge.methods.nearswap:nearswap",
 }
-HANDED_IN = ("dialect", "seed", "base")
+HANDED_IN = ("dialect", "seed", "base", "trims")
 
 Method = Callable[..., Any]
 
@@ -85,7 +98,7 @@ def resolve(name: str, given: dict[str, Any], dialect: str = "mergekit") -> dict
 
 
 def bind(name: str, resolved: dict[str, Any], **handed_in: Any) -> Method:
-    """The method with its parameters and those of ``dialect``, ``seed`` and ``base`` that its signature asks for."""
+    """The method with its parameters and those of `HANDED_IN` that its signature asks for."""
     function = load(name)
     accepted = inspect.signature(function).parameters
     keywords = {key if key in accepted else f"{key}_": value for key, value in resolved.items()}

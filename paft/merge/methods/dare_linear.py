@@ -20,9 +20,10 @@ def dare_linear(
     dialect: str = "mergekit",
     seed: int = 0,
 ) -> Plan:
-    """Drop entries of each delta at random, restore its size, then take the weighted sum.
+    """Drop entries at random, restore the size, then add.
 
-        m_i ~ Bernoulli(density),   x_i = c_i · m_i ⊙ δ_i,   D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
+        m_i ~ Bernoulli(density),   x_i = c_i · m_i ⊙ δ_i
+        D = λ · Σ_i w_i x_i   (/ Σ_i w_i with ``normalize``)
 
     δ_i: ΔW of adapter i [rows, columns]; w_i: its weight, 1 by default; ``density`` in (0, 1]: the share of entries
     kept (the paper's 1 - p), one number or one for each adapter, 1 = all; λ: ``lambda``. ``rescale`` sets c_i, else

@@ -21,20 +21,21 @@ def dare_ties(
     dialect: str = "mergekit",
     seed: int = 0,
 ) -> Plan:
-    """Drop entries of each delta at random, restore its size, then elect a sign for each entry and merge what agrees.
+    """Drop entries at random, restore the size, then vote as TIES.
 
-        m_i ~ Bernoulli(density),   x_i = c_i · m_i ⊙ δ_i,   s = sign(Σ_i v_i),   agree_i = [sign(v_i) = s]
+        m_i ~ Bernoulli(density),   x_i = c_i · m_i ⊙ δ_i
+        s = sign(Σ_i v_i),   agree_i = [sign(v_i) = s]
         D = λ · Σ_i w_i x_i agree_i / n
 
     Symbols and masks as in ``dare_linear``; the vote as in ``ties``. The dialect sets c_i (with ``rescale``), v_i,
     and whether n averages or is 1 when ``normalize`` is left at null:
 
-        mergekit  c_i = ‖δ_i‖₁ / ‖m_i ⊙ δ_i‖₁   v_i = w_i x_i   n = 1 (or Σ w_i agree_i)   0 elects +
-        peft      c_i = 1 / density             v_i = x_i       n = Σ agree_i              0 elects +
-        paper     c_i = 1 / density             v_i = x_i       n = Σ agree_i              0: majority sign
+        mergekit  c_i = ‖δ_i‖₁ / ‖m_i ⊙ δ_i‖₁  v_i = w_i x_i  n = 1
+        peft      c_i = 1 / density            v_i = x_i      n = Σ agree_i
+        paper     c_i = 1 / density            v_i = x_i      n = Σ agree_i
 
-    The majority sign is per tensor. Raises UsageError for a density outside (0, 1], and for a negative weight with
-    ``normalize`` in the mergekit dialect.
+    With ``normalize`` mergekit's n is Σ w_i agree_i. 0 elects the tensor's majority sign by paper, else +. Raises
+    UsageError for a density outside (0, 1], and for a negative weight with ``normalize`` in the mergekit dialect.
 
     Source: Yu et al. (arXiv 2311.03099), eq. 3, with Yadav et al. (arXiv 2306.01708), Algorithm 1, after it.
     """

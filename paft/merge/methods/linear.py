@@ -11,7 +11,7 @@ from paft.merge.ops import Plan, combine_linearly
 
 
 def linear(deltas: Sequence[Tiled], weights: Sequence[float], *, normalize: bool = True) -> Plan:
-    """The weighted mean of the deltas, which is the mean of the models ("model soup").
+    """The weighted mean, that of the models too ("model soup").
 
         D = Σ_i w_i δ_i / Σ_i w_i
 

@@ -9,7 +9,7 @@ from paft.merge.ops import Plan, combine_linearly, divisor
 
 
 def task_arithmetic(deltas: Sequence[Tiled], weights: Sequence[float], *, normalize: bool = False, lambda_: float = 1.0) -> Plan:
-    """The weighted sum of the deltas: every task vector is added in full.
+    """The weighted sum: every delta is added in full.
 
         D = λ · Σ_i w_i δ_i        (divided by Σ_i w_i with ``normalize``)
 

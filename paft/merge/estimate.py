@@ -1,0 +1,48 @@
+"""What a merge would cost, for a dry run: time, memory and disk, writing nothing."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+from paft.delta import tile_rows
+from paft.merge import writer
+from paft.merge.job import Job
+from paft.merge.outputs import preview
+from paft.merge.tally import Tally
+
+_COPY_RATE = 1e9  # bytes per second that a plain disk writes
+_IMPORTS = 400e6  # bytes of memory that Python with torch takes before any work
+
+
+def estimate(job: Job) -> dict[str, Any]:
+    """What a merge would cost: the time of its middle-sized tensor, scaled by entries, plus the copying."""
+    entries = job.inputs.base.entries
+    changed = sorted((entries[name] for name in job.touched), key=lambda entry: entry.rows * entry.columns)
+    size = sum(entry.rows * entry.columns for entry in changed)
+    sample = changed[len(changed) // 2]
+    for _ in range(2):  # the first time loads the kernels
+        started = time.monotonic()
+        for _ in job.merged(sample, partial(job.inputs.base.tile, sample.name), Tally(job.inputs.names)):
+            pass
+    rate = (time.monotonic() - started) / max(1, sample.rows * sample.columns) / job.threads
+    read = sum(entry.nbytes for entry in entries.values())
+    written = sum(
+        entry.rows * entry.columns * writer.output_dtype(entry, job.dtype).itemsize if entry.is_float else entry.nbytes
+        for entry in entries.values()
+    )
+    factors = sum(f.A.nbytes + f.B.nbytes for adapter in job.inputs.adapters for f in adapter.factors.values())
+    tile = max((tile_rows(entry.columns, job.elements) * entry.columns for entry in changed), default=0)
+    counts = {"merged": len(changed), "copied": len(entries) - len(changed)}
+    if job.output_kind != "full":
+        part = preview(job.output_kind, job.source(), job.budget, job.dtype)
+        counts, written = part["tensors"], part["written"]
+    return {
+        "dry_run": True,
+        "recipe": job.recipe(),
+        "tensors": counts,
+        "bytes": {"read": read, "written": written},
+        "seconds": round(rate * size + written / _COPY_RATE, 2),
+        "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.weights) + 12)),
+    }
