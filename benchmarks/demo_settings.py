@@ -21,7 +21,8 @@ from paft.models import quiet_libraries
 
 quiet_libraries()
 
-from paft.recipe import RunRecipe, find, validate  # noqa: E402 - threads are set before torch loads
+from paft.catalog import find  # noqa: E402 - threads are set before torch loads
+from paft.recipe import RunRecipe, validate  # noqa: E402
 from paft.report.headtohead import ideal_distances  # noqa: E402
 from paft.run import run  # noqa: E402
 from paft.yamlfile import read_yaml  # noqa: E402

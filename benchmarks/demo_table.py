@@ -20,7 +20,8 @@ from paft.models import quiet_libraries
 
 quiet_libraries()
 
-from paft.recipe import RunRecipe, find, load  # noqa: E402 - threads are set before torch loads
+from paft.catalog import find  # noqa: E402 - threads are set before torch loads
+from paft.recipe import RunRecipe, load  # noqa: E402
 from paft.report.headtohead import COLUMNS, columns_of  # noqa: E402
 from paft.report.plots import tradeoff_figure  # noqa: E402
 from paft.report.render import Column, to_json, to_markdown  # noqa: E402

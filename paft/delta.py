@@ -61,7 +61,8 @@ class Tiled(Protocol):
 class Delta(Protocol):
     """All of one adapter's or model's ΔW, by the base's tensor names."""
 
-    content_hash: str
+    @property
+    def content_hash(self) -> str: ...
 
     @property
     def names(self) -> list[str]: ...

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from paft.errors import NotFoundError, UsageError, did_you_mean
+from paft.errors import UsageError, did_you_mean
 from paft.yamlfile import Document, parse_scalar, read_yaml
 
 
@@ -80,17 +80,19 @@ class JointRecipe(TrainRecipe):
 
 
 class MergeRecipe(Strict):
-    """Deltas into one model: ``paft methods METHOD`` lists ``parameters``."""
+    """Deltas into one model: ``paft methods METHOD`` lists ``parameters``; `paft.merge.settings` says how they may vary."""
 
     kind: Literal["merge"] = "merge"
-    adapters: list[str] = []
+    adapters: list[str | dict[str, Any]] = []
     base: str | None = None
     method: str = "ties"
     parameters: dict[str, Any] = {}
     weights: list[float] | None = None
     dialect: str = "mergekit"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
+    engine: Literal["paft", "mergekit"] = "paft"
 
 
 class Splits(Strict):
@@ -178,19 +180,23 @@ def load(kind: type[R], file: Path | None, sets: tuple[str, ...] = (), flags: di
     Raises UsageError with the file's line for a bad key or value, NotFoundError when the file is missing.
     """
     document = read_yaml(file) if file else Document({}, {}, "command line")
+    amend(kind, document, sets, flags)
+    return validate(kind, document.data, document)
+
+
+def amend(kind: type[Strict], document: Document, sets: tuple[str, ...], flags: dict[str, Any] | None) -> None:
+    """Write ``--set`` items and flags (None = not given) into a document of ``kind``, with themselves as their lines."""
     declared = document.data.get("kind")
     expected = kind.model_fields["kind"].default
     if declared is not None and declared != expected:
         raise UsageError(f"{document.name} is a {declared!r} recipe; this command takes {expected!r}",
                          hint=f"use `paft {declared} ...`" if str(declared) in KINDS else did_you_mean(str(declared), KINDS))
-    data = document.data
     for item in sets:
         _assign(document, item)
     for key, value in (flags or {}).items():
         if value is not None:
-            data[key] = value
-            document.lines[(key,)] = "--" + key.replace("_", "-")
-    return validate(kind, data, document)
+            document.data[key] = value
+            _blame(document, (key,), "--" + key.replace("_", "-"))
 
 
 def validate(kind: type[R], data: dict[str, Any], document: Document | None = None) -> R:
@@ -199,14 +205,6 @@ def validate(kind: type[R], data: dict[str, Any], document: Document | None = No
         return kind.model_validate(data)
     except ValidationError as error:
         raise _explain(kind, error, document or Document({}, {}, "recipe")) from None
-
-
-def kind_of(file: Path) -> str:
-    """The ``kind`` a recipe file declares; raises UsageError when it declares none that paft knows."""
-    declared = str(read_yaml(file).data.get("kind"))
-    if declared not in KINDS:
-        raise UsageError(f"{file} declares no known kind ({declared!r})", hint="kind: one of " + ", ".join(KINDS))
-    return declared
 
 
 def _assign(document: Document, item: str) -> None:
@@ -223,9 +221,14 @@ def _assign(document: Document, item: str) -> None:
         if not isinstance(node, dict):
             raise UsageError(f"--set {key}: {part!r} is a value, not a section", hint=f"set {part} itself, or leave it out")
     node[last] = parse_scalar(text)
-    for known in [known for known in document.lines if known[: len(path)] == tuple(path)]:
+    _blame(document, tuple(path), f"--set {item}")
+
+
+def _blame(document: Document, path: tuple[str, ...], flag: str) -> None:
+    """What stands at ``path`` and below came from ``flag``, not from the file."""
+    for known in [known for known in document.lines if known[: len(path)] == path]:
         del document.lines[known]
-    document.lines[tuple(path)] = f"--set {item}"
+    document.lines[path] = flag
 
 
 def _explain(kind: type[Strict], error: ValidationError, document: Document) -> UsageError:
@@ -271,26 +274,3 @@ def _keys_at(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the node at ``loc`` would accept."""
     found = _walk(kind, loc)[1]
     return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []
-
-
-def catalog() -> dict[str, Path]:
-    """Every shipped recipe by name: ``sft-l1``, ``dpo``, ``ties``, ``demo``, ..."""
-    package = Path(__file__).parent
-    roots = [package / "_recipes", package.parent]
-    found: dict[str, Path] = {}
-    for root in roots:
-        for folder in ("adapters", "merges"):
-            for file in sorted((root / folder).glob("*.yaml")):
-                found.setdefault(file.stem, file)
-    return found
-
-
-def find(name: str) -> Path:
-    """A recipe by path or by shipped name; NotFoundError with a did-you-mean otherwise."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = catalog()
-    if name in known:
-        return known[name]
-    raise NotFoundError(f"no recipe {name!r}: neither a file nor a shipped recipe", hint=did_you_mean(name, known))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from paft.errors import UsageError, did_you_mean
-from paft.merge import methods
+from paft.merge.settings import Settings, native
 from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Splits, TrainRecipe, validate
 from paft.train.stage import check_trainer
 
@@ -47,11 +47,9 @@ def _check_stage(recipe: RunRecipe, name: str) -> None:
 
 def _check_merge(name: str, entry: RunMerge) -> None:
     try:
-        methods.resolve(entry.method, {key: value for key, value in entry.parameters.items() if key != "weight"})
+        Settings.read(native(entry.method), entry.of, entry.parameters, entry.weights)
     except UsageError as error:
         raise UsageError(f"merge.{name}: {error.message}", hint=error.hint) from None
-    if entry.weights is not None and len(entry.weights) != len(entry.of):
-        raise UsageError(f"merge.{name}: {len(entry.weights)} weights for {len(entry.of)} adapters")
 
 
 def _check_rest(recipe: RunRecipe) -> None:

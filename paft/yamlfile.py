@@ -98,4 +98,5 @@ def _index(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], 
             _index(value, here, lines, name)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
+            lines[(*path, str(i))] = value.start_mark.line + 1
             _index(value, (*path, str(i)), lines, name)

@@ -99,7 +99,7 @@ BAD: list[tuple[Callable[[World], list[str]], int, str]] = [
     (lambda w: w.merge("--output-kind", "lora"), 2, "not of low rank"),
     (lambda w: w.merge("--rank", "4"), 2, "--rank"),
     (lambda w: w.merge("--output-kind", "lora", "--rank", "0"), 2, "--rank"),
-    (lambda w: ["delta", str(w.base), "--base", str(w.base), "-o", str(w.out)], 3, "zero everywhere"),
+    (lambda w: ["delta", str(w.base), "--base", str(w.base), "-o", str(w.out)], 3, "the base itself"),
     (lambda w: pruned(w, "--threshold", "1e9"), 3, "zero everywhere"),
     (lambda w: ["delta", str(w.one), "-o", str(w.one), "--overwrite"], 3, "holds an input"),
     (spoil_nan, 3, "holds NaN"),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from paft.catalog import find
 from paft.cli import invoke
-from paft.recipe import RunRecipe, find, load, validate
+from paft.recipe import RunRecipe, load, validate
 from paft.run import run
 from paft.yamlfile import read_yaml
 

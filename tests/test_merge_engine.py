@@ -19,6 +19,7 @@ from paft.adapter import WEIGHTS, read_adapter
 from paft.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from paft.merge import methods
 from paft.merge.engine import merge
+from paft.merge.settings import Settings, native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -283,6 +284,6 @@ def test_shipped_recipes_name_every_parameter(file: Path) -> None:
     recipe = yaml.safe_load(file.read_text())
     if recipe.get("kind") != "merge":
         pytest.skip("a pipeline")
-    resolved = methods.resolve(recipe["method"], recipe["parameters"], recipe["dialect"])
-    assert resolved == recipe["parameters"]
+    told = Settings.read(native(recipe["method"], recipe["dialect"]), ["a", "b"], recipe["parameters"], recipe["weights"])
+    assert told.record(["a", "b"])["parameters"] == recipe["parameters"]
     assert file.read_text().startswith("# ")

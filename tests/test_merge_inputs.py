@@ -40,8 +40,10 @@ def test_an_input_that_comes_twice_is_refused(tiny_base: Path, adapter: Path, tm
     assert "sum of the weights" in (caught.value.hint or "")
     edit_config(copy, lora_alpha=1)
     assert len(open_inputs([str(adapter), str(copy)], None).deltas) == 2  # the same factors at another scale
-    with pytest.raises(MismatchError, match="given twice"):
-        open_inputs([str(tiny_base), str(tiny_base)], str(tiny_base))
+    tuned = shutil.copytree(tiny_base, tmp_path / "tuned")
+    save_file({name: tensor + 0.1 for name, tensor in load_file(tuned / SINGLE).items()}, tuned / SINGLE)
+    with pytest.raises(MismatchError, match="tuned is given twice"):
+        open_inputs([str(tuned), str(tuned)], str(tiny_base))
 
 
 def test_a_base_of_other_content_is_refused_unless_allowed(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:

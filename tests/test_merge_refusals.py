@@ -126,6 +126,8 @@ def test_a_model_without_a_base_is_no_delta(tiny_base: Path, pair: list[Path], t
         run([tiny_base], tmp_path / "out")
     with pytest.raises(MismatchError, match="is an adapter"):
         run(pair, tmp_path / "out", base=str(pair[0]))
+    with pytest.raises(MismatchError, match="every input is the base itself"):
+        run([tiny_base], tmp_path / "out", base=str(tiny_base))
     with pytest.raises(UsageError, match="nothing to merge"):
         run([], tmp_path / "out")
     with pytest.raises(NotFoundError, match="neither an adapter nor a model"):

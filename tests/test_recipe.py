@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from paft.catalog import catalog, find, kind_of
 from paft.errors import NotFoundError, UsageError
-from paft.recipe import KINDS, DpoRecipe, MergeRecipe, RunRecipe, SftRecipe, Strict, catalog, find, kind_of, load
+from paft.recipe import KINDS, DpoRecipe, MergeRecipe, RunRecipe, SftRecipe, Strict, load
 from paft.yamlfile import parse_scalar, read_yaml
 
 

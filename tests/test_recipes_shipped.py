@@ -9,8 +9,9 @@ import pytest
 from conftest import AdapterFactory
 from datakit import chat_rows, pair_rows, write_jsonl
 
+from paft.catalog import catalog, kind_of
 from paft.cli import invoke
-from paft.recipe import KINDS, SftRecipe, catalog, kind_of, load
+from paft.recipe import KINDS, SftRecipe, load
 from paft.yamlfile import read_yaml
 
 RECIPES = catalog()

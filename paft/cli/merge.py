@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from paft.cli import options
+from paft.cli import mergefile, options
 from paft.cli.delta import max_error_option, rank_option, result_lines
 from paft.errors import UsageError
-from paft.recipe import MergeRecipe, load
+from paft.recipe import MergeRecipe
 
 
 @click.command()
@@ -23,6 +25,8 @@ from paft.recipe import MergeRecipe, load
 @click.option("--base", metavar="MODEL", help="The base  [default: what the adapters name].")
 @click.option("--dialect", metavar="NAME", help="mergekit, paper or peft, where they differ  [default: mergekit].")
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16  [default: the base's].")
+@click.option("--rounding", type=click.Choice(["nearest", "stochastic"]),
+              help="stochastic: small deltas survive bfloat16 on average.")
 @click.option("--output-kind", type=click.Choice(["full", "lora", "delta"]), default="full", show_default=True,
               help="A whole model, an adapter, or the delta alone.")
 @rank_option
@@ -30,6 +34,9 @@ from paft.recipe import MergeRecipe, load
 @options.recipe_option
 @options.set_option("parameters.lambda=0.8")
 @click.option("--seed", type=int, help="Seed of the random methods (DARE).")
+@click.option("--engine", type=click.Choice(["paft", "mergekit"]), help="mergekit: its own methods, on exact float32 adapters.")
+@click.option("--export-mergekit", "export", metavar="FILE", type=click.Path(path_type=Path),
+              help="Write the merge as mergekit's YAML, and stop.")
 @options.dry_run
 @options.overwrite
 @options.common
@@ -40,14 +47,17 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
     paft merge adapters/sft-l1 adapters/dpo --method ties -p density=0.5
     paft merge adapters/sft adapters/dpo --method task_arithmetic --weights 1,0.8
     paft merge adapters/sft adapters/dpo -c slerp --dry-run
+    paft merge -c mergekit-config.yml -o merges/mine
+
+    RECIPE may be mergekit's YAML (models, slices of whole models, gradients).
     """
     file = options.recipe_file(given["file"])
-    flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "seed")}
+    flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "rounding", "seed", "engine")}
     flags |= {"adapters": list(adapters) or None, "weights": _weights(given["weights"])}
     for item in given["parameters"]:
         if not item.partition("=")[0] or "=" not in item:
             raise UsageError(f"-p {item!r} is not name=value", hint="for example -p density=0.5")
-    recipe = load(MergeRecipe, file, (*given["sets"], *(f"parameters.{item}" for item in given["parameters"])), flags)
+    recipe, document, notes = mergefile.read_recipe(file, given["sets"], given["parameters"], flags)
     if not recipe.adapters:
         raise UsageError("no adapters to merge", hint="paft merge ADAPTER ADAPTER --method ties -o DIR")
     out = given["out"] or Path("merges") / (file.stem if file else recipe.method)
@@ -55,29 +65,55 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
     from paft.models import set_threads
 
     set_threads()
-    from paft.merge import engine
-    from paft.progress import Progress
+    from paft.progress import Progress, say
 
-    with Progress("merge", 1, quiet=given["quiet"] or given["dry_run"]) as bar:
-        def progress(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar(done, name)
+    for note in notes:
+        say(f"note: {note}", quiet=given["quiet"])
+    with mergefile.pointing_at(document):
+        if given["export"]:
+            lines = mergefile.export(recipe, given["output_kind"], given["export"], overwrite=given["overwrite"])
+            options.show({"out": str(given["export"])}, lines, as_json=given["as_json"])
+            return
+        with Progress("merge", 1, quiet=given["quiet"] or given["dry_run"]) as bar:
+            def progress(done: int, total: int, name: str) -> None:
+                bar.total = total
+                bar(done, name)
 
-        report = engine.merge(
-            recipe.adapters, base=recipe.base, method=recipe.method, parameters=recipe.parameters, weights=recipe.weights,
-            out=out, dialect=recipe.dialect, dtype=recipe.dtype, seed=recipe.seed, output_kind=given["output_kind"],
-            rank=given["rank"], max_error=given["max_error"], overwrite=given["overwrite"], dry_run=given["dry_run"],
-            progress=progress,
-        )
+            report = _merge(recipe, out, given, progress)
     lines = _plan_lines(report, out) if given["dry_run"] else _result_lines(report, out)
     options.show(report, lines, as_json=given["as_json"])
 
 
+def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """Run the recipe's engine."""
+    common = {"base": recipe.base, "method": recipe.method, "parameters": recipe.parameters, "weights": recipe.weights,
+              "out": out, "dtype": recipe.dtype, "seed": recipe.seed, "overwrite": given["overwrite"],
+              "dry_run": given["dry_run"], "progress": progress}
+    if recipe.engine == "mergekit":
+        from paft.merge.mergekit import engine as backend
+
+        for key, value, only in (("dialect", recipe.dialect, "mergekit"), ("rounding", recipe.rounding, "nearest"),
+                                 ("output-kind", given["output_kind"], "full")):
+            if value != only:
+                raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
+        if given["rank"] is not None or given["max_error"] is not None:
+            raise UsageError("--engine mergekit writes whole models", hint="leave out --rank and --max-error")
+        return backend.merge(recipe.adapters, **common)
+    from paft.merge import engine
+
+    return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
+                        rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"])
+
+
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
+    moved = plan["bytes"]
+    cost = (f"reads {options.size(moved['read'])}, writes {options.size(moved['written'])}, "
+            + (f"{options.size(moved['scratch'])} of scratch, " if "scratch" in moved else "")
+            + f"about {plan['seconds']:.0f} s and {options.size(plan['memory_bytes'])} of memory")
     return [f"would merge {len(plan['recipe']['adapters'])} inputs by {plan['recipe']['method']} into {out}",
+            *mergefile.profile_lines(plan["profile"]),
             f"{plan['tensors']['merged']} tensors changed, {plan['tensors']['copied']} copied",
-            f"reads {options.size(plan['bytes']['read'])}, writes {options.size(plan['bytes']['written'])}, "
-            f"about {plan['seconds']:.0f} s and {options.size(plan['memory_bytes'])} of memory"]
+            *textwrap.wrap(cost, 79)]
 
 
 def _result_lines(report: dict[str, Any], out: Path) -> list[str]:

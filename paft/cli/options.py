@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from paft.recipe import find
+from paft.catalog import find
 
 F = Callable[..., Any]
 

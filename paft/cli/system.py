@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
+from paft.catalog import catalog, find, kind_of
 from paft.cli import options
 from paft.errors import MismatchError, NotFoundError
-from paft.recipe import RunRecipe, catalog, find, kind_of, load
+from paft.recipe import RunRecipe, load
 
 
 @click.command()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ import torch
 from paft.card import model_card
 from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS
-from paft.errors import MismatchError, UsageError, did_you_mean
-from paft.merge import methods, writer
+from paft.errors import UsageError, did_you_mean
+from paft.merge import writer
 from paft.merge.estimate import estimate
-from paft.merge.global_trim import model_trims
 from paft.merge.inputs import open_inputs
-from paft.merge.job import Job, weights_of
+from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
+from paft.merge.settings import Input, Settings, native
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
@@ -35,11 +34,12 @@ from paft.provenance import check_target, content_hash, output_dir, write_manife
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+ROUNDINGS = ("nearest", "stochastic")
 OUTPUT_KINDS = ("full", "lora", "delta")
 
 
 def merge(
-    inputs: Sequence[str],
+    inputs: Sequence[Input],
     *,
     base: str | None,
     method: str,
@@ -48,6 +48,7 @@ def merge(
     out: Path,
     dialect: str = "mergekit",
     dtype: str | None = None,
+    rounding: str = "nearest",
     seed: int = 0,
     output_kind: str = "full",
     rank: int | None = None,
@@ -60,37 +61,40 @@ def merge(
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
-    ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. ``weights`` is one
-    number per input, 1 each by default. ``dtype`` None keeps the base's. ``rank`` or ``max_error`` cut an adapter
-    (``output_kind`` lora) and are needed where the method is not linear in the deltas. ``tile_elements`` bounds the memory and
-    ``threads`` (one a core) the tensors at work; neither changes a byte. Raises UsageError for wrong parameters,
-    MismatchError for inputs that do not fit together or a target that is not empty, NotFoundError, ResourceError; the
-    target is then as it was.
+    ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. An input may be
+    ``{"adapter": PATH, "weight": V, ...}``; values may vary over the model (`paft.merge.settings`). ``weights`` is one number
+    per input, 1 each by default. ``dtype`` None keeps the base's; ``rounding`` stochastic keeps small deltas on average.
+    ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
+    deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
+    Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
+    NotFoundError, ResourceError; the target is then as it was.
     """
     out = Path(out)
     check_target(out, overwrite=overwrite)
-    parameters = dict(parameters)
-    weights = weights_of(weights, parameters.pop("weight", None), len(inputs))
-    resolved = methods.resolve(method, parameters, dialect)
+    settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _known("output kind", output_kind, OUTPUT_KINDS)
+    if _known("rounding", rounding, ROUNDINGS) != "nearest" and output_kind != "full":
+        raise UsageError("only a whole model is rounded", hint="leave out the rounding")
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
-    opened = open_inputs(inputs, base)
-    job = Job(opened, method, resolved, weights, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget)
+    opened = open_inputs(settings.inputs, base)
+    settings = settings.over(opened.base.entries)
+    job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget,
+              rounding)
     job.check_parameters()
-    _check_apart(out, [opened.base.path, *opened.paths])
+    opened.check_apart(out)
     if dry_run:
         return estimate(job)
-    job = replace(job, trims=model_trims(opened.deltas, [resolved], dialect, tile_elements))
     with output_dir(out, overwrite=overwrite) as scratch:
-        report = _write(job, scratch, _Steps(progress, len(opened.base.entries)))
+        report = _write(job.with_trims(), scratch, _Steps(progress, len(opened.base.entries)))
     return report | {"out": str(out)}
 
 
 def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
     """The output with its manifest; returns the report."""
     started, opened = time.monotonic(), job.inputs
-    report = {"method": job.method, "dialect": job.dialect, "parameters": job.parameters, "weights": job.weights}
+    report = {"method": job.method, "dialect": job.dialect}
+    report |= {key: value for key, value in job.recipe().items() if key in ("parameters", "weights")}
     if job.output_kind == "full":
         found, base_hash, made = _write_full(job, scratch, steps)
     else:
@@ -143,12 +147,6 @@ class _Steps:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.total, name)
-
-
-def _check_apart(out: Path, inputs: Sequence[Path]) -> None:
-    for path in inputs:
-        if path.resolve().is_relative_to(out.resolve()):
-            raise MismatchError(f"{out} holds an input of this merge", hint="choose another -o DIR")
 
 
 def _known(what: str, value: str, choices: Any) -> str:

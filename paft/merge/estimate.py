@@ -10,6 +10,7 @@ from paft.delta import tile_rows
 from paft.merge import writer
 from paft.merge.job import Job
 from paft.merge.outputs import preview
+from paft.merge.profile import profile
 from paft.merge.tally import Tally
 
 _COPY_RATE = 1e9  # bytes per second that a plain disk writes
@@ -43,6 +44,7 @@ def estimate(job: Job) -> dict[str, Any]:
         "recipe": job.recipe(),
         "tensors": counts,
         "bytes": {"read": read, "written": written},
+        "profile": profile(job.settings, job.inputs.touched(), job.inputs.names),
         "seconds": round(rate * size + written / _COPY_RATE, 2),
-        "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.weights) + 12)),
+        "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.inputs.deltas) + 12)),
     }

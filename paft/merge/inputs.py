@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from paft import hub
 from paft.adapter import CONFIG, PATTERNS, Adapter, label, read_adapter
 from paft.checkpoint import Checkpoint
-from paft.delta import Delta, FullDelta, LoraDelta
+from paft.delta import TILE_ELEMENTS, Delta, FullDelta, LoraDelta, Tiled
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.merge.deltafile import PATTERNS as DELTA_PATTERNS
 from paft.merge.deltafile import DeltaFile, base_of, is_delta
@@ -37,6 +37,12 @@ class Inputs:
         changed = {name for delta in self.deltas for name in delta.names}
         return [name for name in self.base.entries if name in changed]
 
+    def check_apart(self, out: Path) -> None:
+        """MismatchError where the output would replace one of the inputs."""
+        for path in (self.base.path, *self.paths):
+            if path.resolve().is_relative_to(out.resolve()):
+                raise MismatchError(f"{out} holds an input of this merge", hint="choose another -o DIR")
+
 
 def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: bool = False) -> Inputs:
     """Open the base and every input; ``base`` None means the one that all the adapters name.
@@ -57,6 +63,8 @@ def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: 
     checkpoint = Checkpoint.open(directory)
     base_hash = None if allow_base_mismatch else _check_base(adapters, directory)
     deltas = [_delta(each, checkpoint) for each in opened]
+    if all(isinstance(delta, NoDelta) for delta in deltas):
+        raise MismatchError("there is nothing to merge: every input is the base itself", hint="name an adapter")
     labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
     _check_distinct(labels, deltas)
@@ -65,11 +73,28 @@ def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: 
     return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as, base_hash)
 
 
+@dataclass(frozen=True)
+class NoDelta:
+    """The base as an input of its own merge: it changes no tensor, but its weight counts (mergekit's ``linear``)."""
+
+    path: Path
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def content_hash(self) -> str:
+        return content_hash(self.path)
+
+    def tensor(self, name: str, elements: int = TILE_ELEMENTS) -> Tiled:
+        raise KeyError(name)
+
+
 def _delta(opened: Adapter | Path, base: Checkpoint) -> Delta:
     if isinstance(opened, Adapter):
         return LoraDelta(opened, base)
     if is_delta(opened):
         return DeltaFile(opened, base)
+    if opened.resolve() == base.path.resolve():
+        return NoDelta(base.path)
     return FullDelta(Checkpoint.open(opened), base, content_hash(opened))
 
 

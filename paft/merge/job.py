@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +13,13 @@ from paft.delta import BaseTensor, ProductTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import UsageError
 from paft.merge import methods, writer
 from paft.merge.deltas import Source
+from paft.merge.global_trim import model_trims
 from paft.merge.inputs import Inputs
 from paft.merge.lowrank import Budget
 from paft.merge.merged import Merged, products
 from paft.merge.ops import Filter, Plan
+from paft.merge.settings import Settings
+from paft.merge.stochastic import Rounding
 from paft.merge.tally import Tally
 from paft.merge.tensor import merged_tiles
 from paft.merge.writer import Read
@@ -29,8 +31,7 @@ class Job:
 
     inputs: Inputs
     method: str
-    parameters: dict[str, Any]
-    weights: list[float]
+    settings: Settings
     dialect: str
     seed: int
     dtype: torch.dtype | None
@@ -38,6 +39,7 @@ class Job:
     elements: int
     threads: int
     budget: Budget | None = None
+    rounding: str = "nearest"
     trims: dict[str, list[Filter]] | None = None  # of every tensor, where the method trims over the whole model
     touched: frozenset[str] = field(init=False)
     reach: list[frozenset[str]] = field(init=False)
@@ -60,24 +62,40 @@ class Job:
         entry = self.inputs.base.entries[name]
         base = BaseTensor(name, self.inputs.base, entry.rows, entry.columns, tile_rows(entry.columns, self.elements))
         trims = None if self.trims is None else self.trims[name]
-        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=base, trims=trims)
-        return function(self.tensors(name) if tensors is None else tensors, self.weights)
+        weights, parameters = self.settings.at(name)
+        function = methods.bind(self.method, parameters, dialect=self.dialect, seed=self.seed, base=base, trims=trims)
+        return function(self.tensors(name) if tensors is None else tensors, weights)
 
-    def check_parameters(self) -> Plan:
-        """Let the method refuse values (a density of 2, three adapters for SLERP) before any tensor is read."""
-        none = ZeroTensor(1, 1, 1)
-        function = methods.bind(self.method, self.parameters, dialect=self.dialect, seed=self.seed, base=none)
-        return function([none] * len(self.weights), self.weights)
+    def check_parameters(self) -> list[Plan]:
+        """Let the method refuse values (a density of 2, three adapters for SLERP) before any tensor is read.
+
+        Returns its plans for a tensor of zeros, one for each setting that occurs over the model.
+        """
+        none, plans = ZeroTensor(1, 1, 1), []
+        for name, weights, parameters in self.settings.distinct(self.inputs.touched()):
+            function = methods.bind(self.method, parameters, dialect=self.dialect, seed=self.seed, base=none)
+            try:
+                plans.append(function([none] * len(weights), weights))
+            except UsageError as error:
+                where = f"{name}: " if self.settings.varies else ""
+                raise UsageError(where + error.message, hint=error.hint) from None
+        return plans
+
+    def with_trims(self) -> Job:
+        """The job with its thresholds over the whole model, where the method wants such: passes over all of ΔW."""
+        wanted = [parameters for _, _, parameters in self.settings.distinct(self.inputs.touched())]
+        return replace(self, trims=model_trims(self.inputs.deltas, wanted, self.dialect, self.elements))
 
     def merged(self, entry: Entry, read: Read, tally: Tally) -> Iterator[torch.Tensor]:
         """The merged row tiles of one tensor in the output type; raises MismatchError when the type overflows."""
         tensors = self.tensors(entry.name)
         plan, dtype = self.plan(entry.name, tensors), writer.output_dtype(entry, self.dtype)
-        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements)
+        rounding = Rounding(self.seed, entry.name) if self.rounding == "stochastic" else None
+        return merged_tiles(entry, tensors, plan, read, dtype, tally, self.elements, rounding)
 
     def source(self) -> Source:
         """The merged delta itself, tensor by tensor, for the outputs that are no whole model."""
-        opened, linear = self.inputs, self.check_parameters().coefficients is not None
+        opened, linear = self.inputs, all(plan.coefficients is not None for plan in self.check_parameters())
 
         def merged(name: str) -> Merged:
             tensors = self.tensors(name)
@@ -94,26 +112,11 @@ class Job:
             "kind": "merge",
             "method": self.method,
             "dialect": self.dialect,
-            "parameters": self.parameters,
-            "weights": self.weights,
-            "adapters": self.inputs.names,
+            **self.settings.record(self.inputs.names),
             "base": self.inputs.base_name,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            **({} if self.rounding == "nearest" else {"rounding": self.rounding}),
             "output_kind": self.output_kind,
             **({} if self.budget is None else self.budget.named()),
             "seed": self.seed,
         }
-
-
-def weights_of(weights: Sequence[float] | None, alias: Any, count: int) -> list[float]:
-    if alias is not None:
-        if weights is not None:
-            raise UsageError("weights are given twice", hint="use either --weights or -p weight=")
-        weights = alias if isinstance(alias, Sequence) and not isinstance(alias, str) else [alias] * count
-    values = [1.0] * count if weights is None else list(weights)
-    if len(values) != count:
-        raise UsageError(f"{len(values)} weights for {count} inputs", hint="give one weight for each input")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UsageError(f"a weight must be a finite number, not {value!r}")
-    return [float(value) for value in values]

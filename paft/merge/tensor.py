@@ -16,20 +16,24 @@ from paft.delta import Tiled, fill, tile_rows
 from paft.errors import MismatchError
 from paft.merge.ops import Plan
 from paft.merge.select import FUSED_FROM
+from paft.merge.stochastic import Rounding
 from paft.merge.tally import Tally
 
 Read = Callable[[int, int], torch.Tensor]
 
 
 def merged_tiles(entry: Entry, tensors: Sequence[Tiled], plan: Plan, read: Read, dtype: torch.dtype, tally: Tally,
-                 elements: int) -> Iterator[torch.Tensor]:
+                 elements: int, rounding: Rounding | None = None) -> Iterator[torch.Tensor]:
     """The merged row tiles of one tensor in ``dtype``; a tile lives until the next one is asked for.
+
+    ``rounding`` None is to nearest.
 
     ``read(start, stop)`` gives rows of the base, once each, in order. Raises MismatchError when a value does not fit.
     """
     step = tile_rows(entry.columns, elements)
     spans = [(start, min(start + step, entry.rows)) for start in range(0, entry.rows, step)]
-    one = _fused(entry, tensors, plan, dtype, tally, step) or _plain(tensors, plan, dtype, tally)
+    fused = None if rounding else _fused(entry, tensors, plan, dtype, tally, step)
+    one = fused or _plain(tensors, plan, dtype, tally, rounding)
     for start, stop in spans:
         out = one(start, stop, read(start, stop))
         if out is None:
@@ -40,13 +44,13 @@ def merged_tiles(entry: Entry, tensors: Sequence[Tiled], plan: Plan, read: Read,
 _Tile = Callable[[int, int, torch.Tensor], torch.Tensor | None]
 
 
-def _plain(tensors: Sequence[Tiled], plan: Plan, dtype: torch.dtype, tally: Tally) -> _Tile:
+def _plain(tensors: Sequence[Tiled], plan: Plan, dtype: torch.dtype, tally: Tally, rounding: Rounding | None) -> _Tile:
     def tile(start: int, stop: int, weight: torch.Tensor) -> torch.Tensor | None:
         tiles = [tensor.tile(start, stop) for tensor in tensors]
         parts = [keep(each, start) for keep, each in zip(plan.filters, tiles, strict=True)]
         delta = plan.combine(parts, start)
         wide = weight if weight.dtype == torch.float64 else weight.float()
-        out = (wide + delta).to(dtype)
+        out = rounding(wide + delta, dtype, start) if rounding else (wide + delta).to(dtype)
         zero = weight == 0
         if zero.any():  # W + 0 is W, byte for byte, but for the sign of -0.0
             out = torch.where(zero & (delta == 0), weight.to(dtype), out)
