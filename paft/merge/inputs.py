@@ -124,7 +124,7 @@ def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:
     seen: dict[object, str] = {}
     for name, delta in zip(names, deltas, strict=True):
         scales = [f.scale for f in delta.adapter.factors.values()] if isinstance(delta, LoraDelta) else []
-        key = (delta.content_hash, *scales)
+        key = "the base" if isinstance(delta, NoDelta) else (delta.content_hash, *scales)  # the base is not hashed for this
         if key in seen:
             same = f"{name} is given twice" if seen[key] == name else f"{name} and {seen[key]} hold the same tensors"
             raise MismatchError(same, hint="give it once, with the sum of the weights")
