@@ -1,6 +1,6 @@
 """One adapter or fine-tuned model as a lazy set of ΔW over the base's tensor names, read by row tiles in float32.
 
-    LoraDelta   ΔW = s·B·A           from the factors (transposed where the base stores [in, out])
+    LoraDelta   ΔW = s·B·A           from the factors (transposed where the base stores [in, out]), and its variants
     FullDelta   ΔW = θ_ft - θ_pre    from two checkpoints
 
 Tiles have the same bits whatever their size: a product is computed in fixed blocks of `BLOCK` rows, because a matrix
@@ -11,19 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from paft.adapter import Adapter, Factors
-from paft.checkpoint import Checkpoint, Entry
+from paft.adapter import Adapter
+from paft.checkpoint import Checkpoint
 from paft.errors import MismatchError
+from paft.naming import aligned
+from paft.peftfile import Rows
+from paft.placement import place
+from paft.variants import (
+    DoraTensor,
+    LowRank,
+    Part,
+    RowsTensor,
+    Shift,
+    Stack,
+    StackTensor,
+    SumTensor,
+    VectorTensor,
+    column_factors,
+)
 
 BLOCK = 64
 TILE_ELEMENTS = 1 << 18  # 1 MB of float32: a few tiles fit into the second-level cache
-# Model types of transformers whose linear layers are Conv1D and store W as [in, out].
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-HEADS = ("lm_head", "embed_out")
 
 
 class Tiled(Protocol):
@@ -157,102 +169,74 @@ class BaseTensor:
 
 
 class LoraDelta:
-    """The ΔW of a LoRA adapter over a base.
+    """The ΔW of an adapter over a base: LoRA in all its variants, replaced tensors, biases, rows and experts.
 
-    Each module ``m`` is the tensor ``m.weight``, found by its full name, or by the one base tensor whose name is that
-    without (or with) a prefix, as GPT-2's ``h.0`` for ``transformer.h.0``. Raises MismatchError, with the tensor's
-    name, when the base has no such tensor, when shapes disagree, when two modules meet in one tensor, or when the
-    target is a tied head (its change would leak into the embedding).
+    Raises MismatchError, with the tensor's name, when something in the adapter has no exact place in the base
+    (`paft.placement`). ``adapter`` is without saved copies of the base's own tensors; ``modules`` names the module of
+    each tensor whose change is one plain s·B·A.
     """
 
     def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
-        self.adapter = adapter
-        self.content_hash = adapter.content_hash
-        self.modules: dict[str, str] = {}
-        self._transposed: dict[str, bool] = {}
-        for module, factors in adapter.factors.items():
-            name = self._find(module, base)
-            if name in self.modules:
-                raise MismatchError(f"{adapter.name}: {module} and {self.modules[name]} are both {name} of the base")
-            self.modules[name] = module
-            self._transposed[name] = self._check(module, factors, base.entries[name], base.config)
-        for module, copy in adapter.copies.items():
-            self._check_copy(module, copy, base)
+        placement = place(adapter, base)
+        self.adapter, self.base, self.content_hash = placement.adapter, base, adapter.content_hash
+        self.parts, self.modules, self._twins = placement.parts, placement.modules, placement.twins
+        self._factors: dict[str, torch.Tensor] = {}  # of DoRA by columns, which take a pass over the tensor
 
     @property
     def names(self) -> list[str]:
-        return list(self.modules)
+        return list(self.parts)
 
-    def shape(self, name: str) -> tuple[int, int]:
-        factors = self.adapter.factors[self.modules[name]]
-        rows, columns = factors.B.shape[0], factors.A.shape[1]
-        return (columns, rows) if self._transposed[name] else (rows, columns)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.entries[name].shape
 
-    def tensor(self, name: str, elements: int = TILE_ELEMENTS) -> ProductTensor:
-        factors = self.adapter.factors[self.modules[name]]
-        left, right = factors.B * factors.scale, factors.A
-        if self._transposed[name]:
-            left, right = right.T.contiguous(), left.T.contiguous()
-        return ProductTensor(left, right, tile_rows(right.shape[1], elements), f"{self.content_hash}\0{name}")
+    def tensor(self, name: str, elements: int = TILE_ELEMENTS) -> Tiled:
+        step = tile_rows(self.base.entries[name].columns, elements)
+        key = f"{self.content_hash}\0{self._twins.get(name, name)}"
+        tensors = [self._tensor(part, name, step, key) for part in self.parts[name]]
+        return tensors[0] if len(tensors) == 1 else SumTensor(tensors, step, key)
 
     def tile(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.tensor(name).tile(start, stop)
 
-    def _find(self, module: str, base: Checkpoint) -> str:
-        name = f"{module}.weight"
-        if module.rpartition(".")[2] in HEADS and _is_tied(base, name):
-            raise MismatchError(
-                f"{self.adapter.name}: {module} is tied to the embedding of the base",
-                hint="train without the head, or untie it (tie_word_embeddings=false) first",
-            )
-        if name in base.entries:
-            return name
-        near = [other for other in base.entries if other.endswith("." + name) or name.endswith("." + other)]
-        if len(near) != 1:
-            raise MismatchError(
-                f"{self.adapter.name}: the base has no tensor {name}",
-                hint=f"the adapter was trained on {self.adapter.base_model or 'another model'}",
-            )
-        return near[0]
+    def _tensor(self, part: Part, name: str, step: int, key: str) -> Tiled:
+        entry = self.base.entries[name]
+        if isinstance(part, LowRank):
+            product, magnitude = _product(part, step, key), part.factors.magnitude
+            return product if magnitude is None else self._dora(product, magnitude, part, name)
+        if isinstance(part, Stack):
+            return StackTensor([_product(each, step, key) for each in part.experts], step, key)
+        if isinstance(part, Shift):
+            return VectorTensor(part.change, step, key)
+        if isinstance(part, Rows):
+            return RowsTensor(name, part, self.base, entry.rows, entry.columns, step, key)
+        saved = Checkpoint(self.adapter.path, (part.entry.file,), {name: part.entry}, {})
+        return DifferenceTensor(name, saved, self.base, entry.rows, entry.columns, step, key)
 
-    def _check_copy(self, module: str, copy: torch.Tensor, base: Checkpoint) -> None:
-        """A weight stored beside the factors must be the base's own (in the copy's type), as it would replace it."""
-        entry = base.entries[self._find(module, base)]
-        if entry.shape == copy.shape and entry.is_float:
-            own = base.tile(entry.name, 0, entry.rows).view(entry.shape)
-            if torch.equal(own.to(copy.dtype), copy):
-                return
-        raise MismatchError(f"{self.adapter.name} replaces the whole {entry.name} of the base, which is not supported yet")
+    def _dora(self, product: ProductTensor, magnitude: torch.Tensor, part: LowRank, name: str) -> DoraTensor:
+        if not (part.transposed or part.factors.embedding):
+            return DoraTensor(name, product, self.base, magnitude, None, product.step, product.key)
+        if name not in self._factors:
+            self._factors[name] = column_factors(name, product, self.base, magnitude)
+        return DoraTensor(name, product, self.base, magnitude, self._factors[name], product.step, product.key)
 
-    def _check(self, module: str, factors: Factors, entry: Entry, config: dict[str, Any]) -> bool:
-        """Is the tensor stored as [in, out]? The base decides, as PEFT corrects the flag by the layer's class."""
-        kind = config.get("model_type")
-        conv1d = kind in CONV1D_MODELS and module.rpartition(".")[2] not in HEADS
-        transposed = conv1d if kind else factors.fan_in_fan_out
-        shape = (factors.B.shape[0], factors.A.shape[1])
-        wanted = shape[::-1] if transposed else shape
-        if not entry.is_float:
-            raise MismatchError(f"the base's {entry.name} is quantised ({entry.dtype})", hint="merge into the float base")
-        if entry.shape != wanted:
-            raise MismatchError(
-                f"{self.adapter.name}: ΔW of {entry.name} is {list(wanted)}, the base's is {list(entry.shape)}",
-                hint=f"the adapter was trained on {self.adapter.base_model or 'another model'}",
-            )
-        return transposed
+
+def _product(part: LowRank, step: int, key: str) -> ProductTensor:
+    left, right = part.factors.B * part.factors.scale, part.factors.A
+    if part.transposed:
+        left, right = right.T.contiguous(), left.T.contiguous()
+    return ProductTensor(left, right, step, key)
 
 
 class FullDelta:
-    """The ΔW of a fine-tuned model: ``θ_ft - θ_pre`` of every float tensor, in float32.
+    """The ΔW of a fine-tuned model: ``θ_ft - θ_pre`` of every float tensor, in float32, by the base's names.
 
     Raises MismatchError when the two do not have the same tensors of the same shapes, or when an integer tensor
     differs.
     """
 
     def __init__(self, tuned: Checkpoint, base: Checkpoint, content_hash: str) -> None:
+        tuned = aligned(tuned, base)
         self.tuned, self.base, self.content_hash = tuned, base, content_hash
-        for name in sorted(tuned.entries.keys() ^ base.entries.keys()):
-            lacking = base.path.name if name in tuned.entries else tuned.path.name
-            raise MismatchError(f"{lacking} has no tensor {name}", hint="a full model must have the tensors of its base")
         for name, entry in base.entries.items():
             other = tuned.entries[name]
             if other.shape != entry.shape or other.is_float != entry.is_float:
@@ -278,14 +262,3 @@ class FullDelta:
     def tile(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.tensor(name).tile(start, stop)
 
-
-def _is_tied(base: Checkpoint, head: str) -> bool:
-    """Does the loaded model share the head with the embedding? The configuration says so; else its class's default."""
-    if head not in base.entries:
-        return True
-    if "tie_word_embeddings" in base.config:
-        return bool(base.config["tie_word_embeddings"])
-    from transformers import CONFIG_MAPPING
-
-    kind = str(base.config.get("model_type"))
-    return bool(getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", True)) if kind in CONFIG_MAPPING else False

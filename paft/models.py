@@ -115,9 +115,23 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32") -> P
         raise MismatchError(f"{name} lacks tensors that its config asks for: {', '.join(sorted(info['missing_keys'])[:3])}",
                             hint="copy or download it again")
     model = model.to(device())  # type: ignore[arg-type]
-    if on is not None:
-        model = wrap(model, on).merge_and_unload()
-    return model
+    return model if on is None else _fold(model, on)
+
+
+def _fold(model: Any, on: str) -> PreTrainedModel:
+    """PEFT's `merge_and_unload`, refused where it computes something else than the adapter: on tied embeddings."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding.weight is head.weight
+    wrapped = wrap(model, on)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # as PEFT has wrapped them in place
+    tokens = {id(each.token_adapter.trainable_tokens_delta) if hasattr(each, "token_adapter") else 0 for each in ends}
+    if tied and (len(tokens) > 1 or any(hasattr(each, "lora_A") for each in ends)):
+        raise MismatchError(f"{on} changes the embedding or the head, which are tied: folded in, it would change both",
+                            hint="start from an adapter without them, or untie the base first")
+    try:
+        return wrapped.merge_and_unload()
+    except (RuntimeError, ValueError) as error:  # a LoRA bias on a layer that has none, an activated LoRA
+        raise MismatchError(f"{on} cannot be folded into its base: {_first_line(error)}") from error
 
 
 def skeleton(path: Path) -> PreTrainedModel:

@@ -1,8 +1,9 @@
-"""Adapters against PEFT: scales, patterns, exact concatenation; every variant that is not s·B·A is refused by name."""
+"""Adapters against PEFT: scales, patterns, exact concatenation; what has no fixed ΔW is refused by name."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,20 +138,33 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle": (pickle_only, "pickled"),
     "not-lora": (edit_config(peft_type="IA3"), "IA3"),
     "no-type": (edit_config(peft_type=None), "only LORA"),
-    "bias": (edit_config(bias="lora_only"), "bias=lora_only"),
-    "dora-config": (edit_config(use_dora=True), "use_dora"),
-    "saved-modules": (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
+    "dora-unsaid": (edit_config(use_dora=True), r"use_dora is set but .* has no magnitude"),
+    "lora-bias-unsaid": (edit_config(lora_bias=True), r"lora_bias is set but .* has no bias"),
     "token-rows": (edit_config(trainable_token_indices=[1]), "trainable_token_indices"),
-    "parameters": (edit_config(target_parameters=["mlp.experts.gate_up_proj"]), "target_parameters"),
+    "parameters": (edit_config(target_parameters=["mlp.gate_up_proj"], target_modules=["q_proj"]), "cannot be told"),
+    "activated": (edit_config(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
+    "kasa": (edit_config(kasa_config={"beta": 1}), "kasa_config"),
+    "xlora": (edit_config(peft_type="XLORA"), "XLORA"),
+    "adalora": (edit_config(peft_type="ADALORA"), "ADALORA"),
+    "loftq": (edit_config(init_lora_weights="loftq"), "init_lora_weights=loftq"),
+    "pattern": (edit_config(rank_pattern={"(": 2}), "no regular expression"),
+    "alpha": (edit_config(alpha_pattern={"up_proj": float("inf")}), "alpha inf"),
+    "no-rank-at-all": (edit_config(r=0), "rank 0"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), "init_lora_weights=pissa_niter_4"),
     "no-rank": (edit_config(r=None), "lacks r"),
     "wrong-rank": (edit_config(rank_pattern={"up_proj": 3}), "should have rank 3"),
     "not-json": (lambda path: (path / CONFIG).write_text("{") and None, "not JSON"),
-    "leftover": (add("base_model.model.lm_head.bias", 4), r"lm_head\.bias.*nothing would use it"),
-    "magnitude": (add(UP + "lora_magnitude_vector", 4), "DoRA"),
-    "embedding": (add("base_model.model.model.embed_tokens.lora_embedding_A", 4, 4), "embedding"),
-    "lora-bias": (add(UP + "lora_B.bias", 4), "bias"),
-    "convolution": (add("base_model.model.x.lora_A.weight", 4, 4, 1, 1), "no float matrix"),
+    "leftover": (add("base_model.model.lm_head.lora_C.weight", 4), r"lm_head\.lora_C\.weight.*nothing would use it"),
+    "no-prefix": (add("lm_head.lora_A.weight", 4, 4), "nothing would use it"),
+    "magnitude": (add(UP + "lora_magnitude_vector", 48), "use_dora is not set"),
+    "magnitude-alone": (add("base_model.model.x.lora_magnitude_vector", 4), "belongs to no LoRA factors"),
+    "embedding": (add("base_model.model.model.embed_tokens.lora_embedding_A", 4, 4), "without its partner"),
+    "lora-bias": (add(UP + "lora_B.bias", 48), "lora_bias is not set"),
+    "convolution": (add(UP + "lora_A.weight", 4, 4, 1, 1), "no float matrix"),
+    "twice": (
+        edit_tensors(lambda t: t.update({f"base_model.model.x{infix}.weight": torch.ones(2) for infix in ("", ".base_layer")})),
+        "holds a tensor twice",
+    ),
     "partner": (edit_tensors(lambda tensors: tensors.pop(UP + "lora_B.weight")), "without its partner"),
     "empty": (edit_tensors(lambda tensors: tensors.clear()), "is empty"),
 }
@@ -165,11 +179,44 @@ def test_what_is_not_exact_is_refused_by_name(tiny_base: Path, make_adapter: Ada
         read_adapter(path)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}])
-def test_real_variants_of_peft_are_refused(tiny_base: Path, make_adapter: AdapterFactory, options: dict[str, Any]) -> None:
-    path = make_adapter(tiny_base, 1, target_modules=["q_proj"], **options)
-    with pytest.raises(MismatchError, match=next(iter(options))):
-        read_adapter(path)
+def test_every_new_tensor_is_searched_for_nan(tiny_base: Path, make_adapter: AdapterFactory) -> None:
+    options = {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True, "trainable_token_indices": {"lm_head": [1]}}
+    path = make_adapter(tiny_base, 1, modules_to_save=["norm"], **options)
+    before = load_file(path / WEIGHTS)
+    read_adapter(path)
+    assert {key.rpartition(".")[2] for key in before} >= {"lora_embedding_A", "lora_magnitude_vector", "trainable_tokens_delta"}
+    for key in before:
+        save_file(before | {key: torch.full_like(before[key], float("nan"))}, path / WEIGHTS)
+        with pytest.raises(MismatchError, match=re.escape(f"{key} holds NaN")):
+            read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "q_proj has the magnitudes of DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight has a tensor saved whole"),
+        ({"trainable_token_indices": [1]}, r"embed_tokens has replaced rows"),
+        ({"lora_bias": True}, "q_proj has a LoRA bias"),
+    ],
+)
+def test_a_sum_of_loras_cannot_say_everything(
+    tiny_base: Path, make_adapter: AdapterFactory, options: dict[str, Any], message: str
+) -> None:
+    adapter = read_adapter(make_adapter(tiny_base, 1, target_modules=["q_proj"], **options))
+    with pytest.raises(MismatchError, match=message):
+        concatenate([adapter], [1.0])
+
+
+def test_embeddings_add_up_as_loras(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path) -> None:
+    paths = [make_adapter(tiny_base, seed, r=seed, target_modules=["embed_tokens", "q_proj"]) for seed in (1, 2)]
+    for path in paths:
+        edit_tensors(lambda tensors: tensors.pop("base_model.model.model.embed_tokens.base_layer.weight"))(path)
+    adapters = [read_adapter(path) for path in paths]
+    save_adapter(tmp_path / "sum", *concatenate(adapters, (0.5, -2.0)))
+    one, two, total = (own_deltas(adapter) for adapter in (*adapters, read_adapter(tmp_path / "sum")))
+    assert_same(total, {name: 0.5 * one[name] - 2.0 * two[name] for name in one})
+    assert_same(total, peft_deltas(tiny_base, tmp_path / "sum"))
 
 
 def test_what_is_absent_is_not_found(tmp_path: Path) -> None:

@@ -136,15 +136,15 @@ def test_a_tied_head_is_refused(
     assert LoraDelta(adapter, Checkpoint.open(tiny_base)).names == ["lm_head.weight"]
 
 
-def test_a_stored_copy_must_be_the_base_s_own(tiny_base: Path, make_adapter: AdapterFactory) -> None:
+def test_a_stored_copy_of_the_base_changes_nothing(tiny_base: Path, make_adapter: AdapterFactory) -> None:
     """PEFT stores the head beside the factors when the head is a target, and replaces the base's with it on loading."""
     path = make_adapter(tiny_base, 1, target_modules=["lm_head"])
     adapter = read_adapter(path)
-    assert adapter.copies.keys() == {"lm_head"}
-    LoraDelta(adapter, Checkpoint.open(tiny_base))
-    adapter.copies["lm_head"][0] += 1
-    with pytest.raises(MismatchError, match=r"replaces the whole lm_head\.weight"):
-        LoraDelta(adapter, Checkpoint.open(tiny_base))
+    assert adapter.saved.keys() == {"lm_head.weight"}
+    delta = LoraDelta(adapter, Checkpoint.open(tiny_base))
+    assert isinstance(delta.tensor("lm_head.weight"), ProductTensor)
+    assert delta.modules == {"lm_head.weight": "lm_head"}
+    assert not delta.adapter.saved
 
 
 def test_a_leftover_weight_is_refused(tiny_base: Path, make_adapter: AdapterFactory) -> None:

@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import AdapterFactory
 from safetensors.torch import load_file, save_file
+from variantkit import make
 
 from paft.errors import MismatchError, NotFoundError, PaftError
 from paft.models import load_model, load_tokenizer, parameters, resolve_base, wrap
@@ -111,3 +113,48 @@ def test_an_adapter_with_a_missing_factor_is_refused(tiny_base: Path, make_adapt
     save_file(dict(list(tensors.items())[1:]), adapter / "adapter_model.safetensors")
     with pytest.raises(MismatchError, match="does not fit"):
         wrap(load_model(str(tiny_base)), adapter)
+
+
+FOLDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "saved": {"modules_to_save": ["norm"]},
+    "tokens": {"trainable_token_indices": [3]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("variant", FOLDS)
+def test_variants_are_folded_in_as_peft_computes_them(tiny_base: Path, tmp_path: Path, variant: str) -> None:
+    adapter, ids = make(tiny_base, tmp_path / "adapter", **FOLDS[variant]), torch.arange(8)[None]
+    with torch.no_grad():
+        folded = load_model(str(tiny_base), on=str(adapter)).to("cpu")(input_ids=ids).logits
+        unfolded = wrap(load_model(str(tiny_base)), adapter).to("cpu")(input_ids=ids).logits
+    torch.testing.assert_close(folded, unfolded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["lm_head"], "ensure_weight_tying": True},
+        {"trainable_token_indices": {"lm_head": [1]}},
+    ],
+)
+def test_a_change_of_tied_embeddings_is_not_folded_in(tiny_tied_base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """PEFT would let it leak from one into the other, or add it twice."""
+    adapter = make(tiny_tied_base, tmp_path / "adapter", **options)
+    with pytest.raises(MismatchError, match="are tied"):
+        load_model(str(tiny_tied_base), on=str(adapter))
+
+
+def test_replaced_rows_of_tied_embeddings_are_folded_in(tiny_tied_base: Path, tmp_path: Path) -> None:
+    adapter = make(tiny_tied_base, tmp_path / "adapter", trainable_token_indices=[1])
+    folded = load_model(str(tiny_tied_base), on=str(adapter))
+    assert folded.get_output_embeddings().weight is folded.get_input_embeddings().weight
+
+
+def test_a_lora_bias_without_a_bias_is_not_folded_in(tiny_base: Path, tmp_path: Path) -> None:
+    adapter = make(tiny_base, tmp_path / "adapter", lora_bias=True)
+    with pytest.raises(MismatchError, match=r"cannot be folded into its base: .*no bias"):
+        load_model(str(tiny_base), on=str(adapter))

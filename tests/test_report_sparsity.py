@@ -250,3 +250,22 @@ def test_an_adapter_written_by_peft_equals_pefts_own_deltas(tmp_path: Path) -> N
         assert tensor.moments.share_scaled == pytest.approx((delta.abs() < THRESHOLD).double().mean().item(), abs=2e-3)
         assert tensor.moments.frobenius == pytest.approx(delta.double().norm().item(), rel=1e-5)
         assert tensor.moments.l1 == pytest.approx(delta.double().abs().sum().item(), rel=1e-5)
+
+
+def test_what_is_no_product_is_named_as_left_out(tmp_path: Path) -> None:
+    """DoRA's factors are measured, its magnitudes are not; experts of one parameter are measured one by one."""
+    from variantkit import make, save_model
+
+    from paft.adapter import read_adapter
+
+    bases = {kind: save_model(tmp_path / kind, kind) for kind in ("llama", "mixtral")}
+    plain = sparsity(read_adapter(make(bases["llama"], tmp_path / "plain")))
+    dora = sparsity(read_adapter(make(bases["llama"], tmp_path / "dora", use_dora=True, modules_to_save=["norm"])))
+    assert plain.note is None
+    assert len(dora.tensors) == len(plain.tensors) == 4
+    assert dora.note is not None
+    assert "the magnitudes of DoRA (model.layers.0.mlp.up_proj and 3 more)" in dora.note
+    assert "model.norm.weight" in dora.to_dict()["left_out"]
+    options = {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    experts = sparsity(read_adapter(make(bases["mixtral"], tmp_path / "experts", **options)))
+    assert {kind.label: kind.tensors for kind in experts.kinds} == {"q_proj": 2, "gate_up_proj": 6, "down_proj": 6}

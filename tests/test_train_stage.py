@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import AdapterFactory
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from trainkit import parts, pref_rows, saved, sft_rows
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -90,6 +91,19 @@ def test_training_on_an_adapter_saves_their_exact_sum(kind: Any, tiny_base: Path
         assert trainer.state.log_history[0]["rewards/margins"] == 0
         assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert trainer.state.log_history[1]["rewards/margins"] != 0
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [1]}])
+def test_an_adapter_that_no_sum_can_hold_is_refused_before_the_training(options: dict[str, Any], tiny_base: Path,
+                                                                        make_adapter: AdapterFactory, tmp_path: Path) -> None:
+    first = make_adapter(tiny_base, seed=1, target_modules=["q_proj"], **options)
+    if "modules_to_save" in options:
+        tensors = load_file(first / WEIGHTS)
+        save_file({name: tensor + ("norm" in name) for name, tensor in tensors.items()}, first / WEIGHTS)
+    recipe = SftRecipe(model=str(tiny_base), on=str(first), trainer=SHORT)
+    with pytest.raises(MismatchError, match="which no sum of LoRAs can say"):
+        train(recipe, tmp_path / "a", rows=SFT_ROWS, quiet=True)
+    assert not (tmp_path / "a").exists()
 
 
 SCRIPT = """

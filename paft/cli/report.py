@@ -60,6 +60,8 @@ def sparsity_report(adapters: tuple[str, ...], threshold: float, by: Any, markdo
         print_table(console, rows, columns, title, legend=bool(title))
     for report in reports:
         console.print(f"{report.name}: {report.verdict.sentence}", markup=False)
+        if report.note:
+            console.print(f"{report.name}: {report.note}", markup=False)
     if plot:
         console.print(f"figure: {plot}", markup=False)
 

@@ -105,7 +105,7 @@ def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
     if job.output_kind == "full":
         found, base_hash, made = _write_full(job, scratch, steps)
     else:
-        base_hash, made = content_hash(opened.base.path), None
+        base_hash, made = opened.base_hash or content_hash(opened.base.path), None
         found = _write_part(job, scratch, steps, {"name": opened.base_name, "content_sha256": base_hash})
     report |= {**found, "seed": job.seed, "output_kind": job.output_kind, "wall_s": round(time.monotonic() - started, 3)}
     hashes = [{"name": name, "content_sha256": d.content_hash} for name, d in zip(opened.names, opened.deltas, strict=True)]

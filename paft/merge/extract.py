@@ -110,7 +110,7 @@ def extract(
 
 def _write(output_kind: str, opened: Inputs, source: Source, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
-    origin = {"name": opened.base_name, "content_sha256": content_hash(opened.base.path)}
+    origin = {"name": opened.base_name, "content_sha256": opened.base_hash or content_hash(opened.base.path)}
     report = write_output(output_kind, source, scratch, title=f"The delta of {opened.names[0]}", base=origin, **options)
     report |= {"output_kind": output_kind, "wall_s": round(time.monotonic() - started, 3)}
     inputs = [{"name": opened.names[0], "content_sha256": opened.deltas[0].content_hash}]

@@ -13,12 +13,15 @@ from paft.delta import TILE_ELEMENTS, Delta, FullDelta, LoraDelta, Tiled
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.merge.deltafile import PATTERNS as DELTA_PATTERNS
 from paft.merge.deltafile import DeltaFile, base_of, is_delta
-from paft.provenance import content_hash
+from paft.provenance import content_hash, read_manifest
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened inputs of a merge; ``adapters`` are those of them that are LoRA adapters."""
+    """The opened inputs of a merge; ``adapters`` are those of them that are LoRA adapters.
+
+    ``base_hash`` is the base's content hash if it had to be computed to compare it with what the adapters record.
+    """
 
     base: Checkpoint
     base_name: str
@@ -27,6 +30,7 @@ class Inputs:
     paths: list[Path]
     adapters: list[Adapter]
     reference: str  # the base as it was named: a path, or a hub id
+    base_hash: str | None = None
 
     def touched(self) -> list[str]:
         """The base's tensors that some delta changes, in the base's order."""
@@ -40,11 +44,13 @@ class Inputs:
                 raise MismatchError(f"{out} holds an input of this merge", hint="choose another -o DIR")
 
 
-def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
+def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: bool = False) -> Inputs:
     """Open the base and every input; ``base`` None means the one that all the adapters name.
 
-    Raises UsageError without inputs or when full models come without a base, MismatchError when adapters name
-    different bases or do not fit the base, NotFoundError for what does not exist.
+    Raises UsageError without inputs or when full models come without a base, NotFoundError for what does not exist,
+    MismatchError when adapters name different bases, do not fit the base, or record in ``paft.json`` that they were
+    trained on a base of other content (unless ``allow_base_mismatch``: the same model in another type), and when an
+    input comes twice: its weight says how often it counts. (mergekit adds it twice, silently.)
     """
     if not names:
         raise UsageError("nothing to merge", hint="name at least one adapter")
@@ -55,14 +61,16 @@ def open_inputs(names: Sequence[str], base: str | None) -> Inputs:
     if (directory / CONFIG).is_file():
         raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
     checkpoint = Checkpoint.open(directory)
+    base_hash = None if allow_base_mismatch else _check_base(adapters, directory)
     deltas = [_delta(each, checkpoint) for each in opened]
     if all(isinstance(delta, NoDelta) for delta in deltas):
         raise MismatchError("there is nothing to merge: every input is the base itself", hint="name an adapter")
     labels = [each.name if isinstance(each, Adapter) else label(name, each) for name, each in zip(names, opened, strict=True)]
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
+    _check_distinct(labels, deltas)
     named = label(reference, directory)
     named_as = reference if Path(reference).expanduser().exists() else named
-    return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as)
+    return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as, base_hash)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,39 @@ def _delta(opened: Adapter | Path, base: Checkpoint) -> Delta:
     if opened.resolve() == base.path.resolve():
         return NoDelta(base.path)
     return FullDelta(Checkpoint.open(opened), base, content_hash(opened))
+
+
+def _check_base(adapters: Sequence[Adapter], base: Path) -> str | None:
+    """Compare the base with what the adapters record of theirs; its hash, or None where none of them records any."""
+    recorded = {adapter.name: _recorded_base(adapter) for adapter in adapters}
+    if not any(recorded.values()):
+        return None
+    found = content_hash(base)
+    for name, wanted in recorded.items():
+        if wanted not in (None, found):
+            raise MismatchError(
+                f"{name} was trained on a base of content {wanted[:12]}, {base.name} has {found[:12]}",
+                hint="pass the base it was trained on, or --allow-base-mismatch if only the type differs",
+            )
+    return found
+
+
+def _recorded_base(adapter: Adapter) -> str | None:
+    base = (read_manifest(adapter.path) or {}).get("base")
+    recorded = base.get("content_sha256") if isinstance(base, dict) else None
+    return recorded if isinstance(recorded, str) else None
+
+
+def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:
+    """Refuse two inputs with the same tensors; adapters also differ by their scales."""
+    seen: dict[object, str] = {}
+    for name, delta in zip(names, deltas, strict=True):
+        scales = [f.scale for f in delta.adapter.factors.values()] if isinstance(delta, LoraDelta) else []
+        key = "the base" if isinstance(delta, NoDelta) else (delta.content_hash, *scales)  # the base is not hashed for this
+        if key in seen:
+            same = f"{name} is given twice" if seen[key] == name else f"{name} and {seen[key]} hold the same tensors"
+            raise MismatchError(same, hint="give it once, with the sum of the weights")
+        seen[key] = name
 
 
 def _open(name: str) -> Adapter | Path:

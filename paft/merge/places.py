@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from paft.checkpoint import Checkpoint
-from paft.delta import CONV1D_MODELS, HEADS, Delta, LoraDelta
+from paft.delta import Delta, LoraDelta
 from paft.errors import MismatchError
 from paft.models import skeleton
+from paft.naming import Names
+from paft.peftfile import HEADS
+from paft.placement import CONV1D_MODELS
 
 _KINDS = {"Linear": (False, "lora_{}.weight"), "Conv1D": (True, "lora_{}.weight"), "Embedding": (True, "lora_embedding_{}")}
 
@@ -49,6 +52,7 @@ def find_places(base: Checkpoint, names: Iterable[str], deltas: Sequence[Delta])
     modules = {} if model is None else dict(model.named_modules())
     tied = model is not None and bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     ends = [] if model is None else [model.get_input_embeddings(), model.get_output_embeddings()]
+    loaded = {stored.pieces[0].name: each for each, stored in Names(base, "", None).stored.items() if not stored.operations}
     found: dict[str, Place] = {}
     for name in names:
         stem, _, leaf = name.rpartition(".")
@@ -56,7 +60,7 @@ def find_places(base: Checkpoint, names: Iterable[str], deltas: Sequence[Delta])
         if leaf != "weight" or len(entry.shape) != 2 or not entry.is_float:
             continue
         own = _named_by_adapters(name, deltas)
-        module = next((each for each in _spellings(stem, model) if each in modules), None)
+        module = next((each for each in _spellings(stem, loaded.get(name), model) if each in modules), None)
         by_name = _by_name(stem, base.config) if own and model is None else None
         kind = by_name if module is None else _kind(modules[module])
         if kind is None:
@@ -81,10 +85,12 @@ def _named_by_adapters(name: str, deltas: Sequence[Delta]) -> str | None:
     return named.pop() if named else None
 
 
-def _spellings(stem: str, model: Any) -> list[str]:
-    """A name as stored, with and without the prefix of the inner model: GPT-2's files say ``h.0`` for ``transformer.h.0``."""
+def _spellings(stem: str, loaded: str | None, model: Any) -> list[str]:
+    """A name as transformers converts it (GPT-NeoX's ``embed_out`` is loaded as ``lm_head``), then as it is stored, with
+    and without the prefix of the inner model: GPT-2's files say ``h.0`` for ``transformer.h.0``."""
     prefix = getattr(model, "base_model_prefix", "")
-    return [stem, f"{prefix}.{stem}", stem.removeprefix(f"{prefix}.")]
+    converted = [loaded.removesuffix(".weight")] if loaded else []
+    return [*converted, stem, f"{prefix}.{stem}", stem.removeprefix(f"{prefix}.")]
 
 
 def _kind(module: Any) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal, Protocol
 
@@ -107,6 +107,16 @@ class SparsityReport:
     layer_share: float
     layer_share_scaled: float
     verdict: Verdict
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str | None:
+        """What an adapter changes beside s·B·A, counted, or None: the measures know nothing of it."""
+        kinds: dict[str, list[str]] = {}
+        for name, what in self.left_out.items():
+            kinds.setdefault(what, []).append(name)
+        listed = [f"{what} ({names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)})" for what, names in kinds.items()]
+        return f"not measured: {'; '.join(listed)}" if listed else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``schema`` changes when a key changes its meaning or goes."""
@@ -125,6 +135,7 @@ class SparsityReport:
             "layers": [group.to_dict() for group in self.layers],
             "kinds": [group.to_dict() for group in self.kinds],
             "tensors": [tensor.to_dict() for tensor in self.tensors],
+            "left_out": dict(self.left_out),
         }
 
 
@@ -135,7 +146,7 @@ def sparsity(
 
     ``threshold`` is PAFT's 1e-5, in units of weights; ``tile_rows`` the rows of a tile. Raises UsageError for a
     threshold that is not a positive number, MismatchError for an adapter without LoRA factors or with NaN or infinity
-    in them.
+    in them. What an adapter holds beside its factors (DoRA's magnitudes, replaced tensors, biases) is in ``left_out``.
     """
     if not (math.isfinite(threshold) and threshold > 0):
         raise UsageError(f"threshold {threshold} is not a positive number", hint="PAFT uses --threshold 1e-5")
@@ -159,6 +170,7 @@ def sparsity(
         layer_share=sum(moments.share for moments in numbered) / len(numbered),
         layer_share_scaled=sum(moments.share_scaled for moments in numbered) / len(numbered),
         verdict=judge(overall, threshold),
+        left_out=getattr(delta_source, "beside", {}),
     )
 
 

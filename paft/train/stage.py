@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from paft import hub
-from paft.adapter import CONFIG, WEIGHTS, concatenate, read_adapter, save_adapter
+from paft.adapter import CONFIG, WEIGHTS, Adapter, check_low_rank, concatenate, read_adapter, save_adapter
 from paft.card import adapter_card
+from paft.checkpoint import Checkpoint
 from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
 from paft.errors import MismatchError, UsageError
 from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
+from paft.placement import place
 from paft.progress import say
 from paft.provenance import check_target, output_dir, tensor_files, write_manifest
 from paft.provenance import content_hash as tensor_hash
@@ -36,6 +38,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     rows = _load(recipe)
     model = _require(recipe.model, "--model")
     base = resolve_base(model)
+    _start(recipe)
     check_trainer(recipe)
     load_tokenizer(model, chat=_is_chat(rows))
     adapter = _adapter_parameters(recipe, base)
@@ -90,6 +93,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base.
     """
     check_target(out, overwrite=overwrite)
+    on = _start(recipe)
     rows = _load(recipe) if rows is None else rows
     started = time.monotonic()
     with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
@@ -98,7 +102,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
         _run(trainer, label or out.name, directory / "log.jsonl", quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
-        _save(trainer, recipe, directory)
+        _save(trainer, recipe, on, directory)
         manifest = write_manifest(
             directory, command=recipe.kind, recipe=recipe.model_dump(), seed=recipe.seed, base=_base(recipe),
             inputs={name: content_hash(found) for name, found in rows.items() if found}, metrics=metrics,
@@ -221,17 +225,26 @@ def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
     return {key: round(float(value), 6) for key, value in last.items() if math.isfinite(float(value))}
 
 
-def _save(trainer: Any, recipe: AnyRecipe, directory: Path) -> None:
+def _start(recipe: AnyRecipe) -> Adapter | None:
+    """The adapter to train on, if the sum of it and the trained one can be written; MismatchError before any work if not."""
+    if recipe.on is None:
+        return None
+    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(_require(recipe.model, "--model")))).adapter
+    check_low_rank(on)
+    return on
+
+
+def _save(trainer: Any, recipe: AnyRecipe, on: Adapter | None, directory: Path) -> None:
     # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
     with tempfile.TemporaryDirectory() as scratch:
         trainer.model.save_pretrained(scratch, save_embedding_layers=False)
         _name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
         trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
-        if recipe.on is None:
+        if on is None:
             for name in (WEIGHTS, CONFIG):
                 shutil.copyfile(Path(scratch) / name, directory / name)
         else:
-            config, tensors = concatenate([read_adapter(recipe.on), trained], [1.0, 1.0])
+            config, tensors = concatenate([on, trained], [1.0, 1.0])
             save_adapter(directory, config, tensors)
             _name_base(directory / CONFIG, str(recipe.model))
 
