@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from variantkit import edit_config
 
 from paft.checkpoint import SINGLE
+from paft.cli import invoke
 from paft.errors import MismatchError, NotFoundError
 from paft.merge.inputs import open_inputs
 from paft.provenance import content_hash, write_manifest
@@ -56,6 +57,20 @@ def test_a_base_of_other_content_is_refused_unless_allowed(tiny_base: Path, adap
         open_inputs([str(adapter)], str(narrow))
     assert "--allow-base-mismatch" in (caught.value.hint or "")
     assert open_inputs([str(adapter)], str(narrow), allow_base_mismatch=True).base.path == narrow
+
+
+@pytest.mark.parametrize("command", [["merge"], ["merge", "--export-mergekit", "FILE"], ["delta"]])
+def test_the_commands_can_allow_it(tiny_base: Path, adapter: Path, tmp_path: Path, command: list[str],
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    record(adapter, tiny_base)
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(other / SINGLE).items()}, other / SINGLE)
+    words = [str(tmp_path / "merge.yml") if word == "FILE" else word for word in command]
+    arguments = [words[0], str(adapter), "--base", str(other), *words[1:], "-o", str(tmp_path / "out")]
+    assert invoke(arguments) == 3
+    assert "--allow-base-mismatch" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "merge.yml").exists()
+    assert invoke([*arguments, "--allow-base-mismatch"]) == 0
 
 
 def test_the_layout_of_the_base_s_files_is_not_its_content(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from conftest import AdapterFactory
 
 from paft.cli import invoke
 from paft.merge.methods import names
@@ -44,6 +46,23 @@ def test_your_own_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert swap.keys() <= set(arguments)
     assert invoke([swap.get(word, word) for word in arguments] + ["--dry-run"]) == 0
     assert "would run" in capsys.readouterr().out
+
+
+def test_merging(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line of the block on merging, on tiny models under the names that it uses."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("sft", "dpo"), 1):
+        shutil.copytree(make_adapter(tiny_base, seed), name)
+    shutil.copytree(tiny_base, "org/base")
+    assert invoke(["merge", "sft", "--method", "task_arithmetic", "-o", "org/tuned"]) == 0
+    Path("mergekit-config.yml").write_text(
+        "merge_method: ties\nbase_model: org/base\nmodels:\n- model: org/base+sft\n  parameters: {weight: 1, density: 0.5}\n")
+    found = commands(block_with("--rounding stochastic"))
+    assert len(found) == 7
+    for arguments in found:
+        assert invoke([*arguments, "--overwrite"]) == 0, (arguments, capsys.readouterr().err)
+        assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
 
 
 def test_every_file_and_method_that_it_names_exists() -> None:

@@ -25,6 +25,7 @@ max_error_option = click.option("--max-error", type=float, metavar="E",
 @rank_option
 @max_error_option
 @click.option("--partial", is_flag=True, help="Leave out what an adapter cannot hold (norms, biases), as an error.")
+@options.allow_base_mismatch
 @options.dry_run
 @options.overwrite
 @options.common
@@ -40,9 +41,9 @@ def delta(source: str, **given: Any) -> None:
     """
     out = given["out"] or Path("merges") / f"{Path(source.partition('@')[0]).name}-{'lora' if given['to_lora'] else 'delta'}"
 
-    from paft.models import quiet_libraries
+    from paft.models import set_threads
 
-    quiet_libraries()
+    set_threads()
     from paft.merge.extract import Prune, extract
     from paft.progress import Progress
 
@@ -51,7 +52,7 @@ def delta(source: str, **given: Any) -> None:
             bar.total = total
             bar(done, name)
 
-        keys = ("base", "dtype", "to_lora", "partial", "rank", "max_error", "overwrite", "dry_run")
+        keys = ("base", "dtype", "to_lora", "partial", "rank", "max_error", "allow_base_mismatch", "overwrite", "dry_run")
         prune = Prune(given["keep_largest"], given["threshold"])
         report = extract(source, out=out, prune=prune, progress=progress, **{key: given[key] for key in keys})
     options.show(report, _plan_lines(report, out) if given["dry_run"] else result_lines(report, out), as_json=given["as_json"])

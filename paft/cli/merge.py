@@ -38,6 +38,7 @@ from paft.recipe import MergeRecipe
 @click.option("--engine", type=click.Choice(["paft", "mergekit"]), help="mergekit: its own methods, on exact float32 adapters.")
 @click.option("--export-mergekit", "export", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the merge as mergekit's YAML, and stop.")
+@options.allow_base_mismatch
 @options.dry_run
 @options.overwrite
 @options.common
@@ -72,7 +73,8 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
         say(f"note: {note}", quiet=given["quiet"])
     with mergefile.pointing_at(document):
         if given["export"]:
-            lines = mergefile.export(recipe, given["output_kind"], given["export"], overwrite=given["overwrite"])
+            lines = mergefile.export(recipe, given["output_kind"], given["export"], overwrite=given["overwrite"],
+                                     allow_base_mismatch=given["allow_base_mismatch"])
             options.show({"out": str(given["export"])}, lines, as_json=given["as_json"])
             return
         with Progress("merge", 1, quiet=given["quiet"] or given["dry_run"]) as bar:
@@ -89,7 +91,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
     """Run the recipe's engine."""
     common = {"base": recipe.base, "method": recipe.method, "parameters": recipe.parameters, "weights": recipe.weights,
               "out": out, "dtype": recipe.dtype, "seed": recipe.seed, "overwrite": given["overwrite"],
-              "dry_run": given["dry_run"], "progress": progress}
+              "dry_run": given["dry_run"], "allow_base_mismatch": given["allow_base_mismatch"], "progress": progress}
     if recipe.engine == "mergekit":
         from paft.merge.mergekit import engine as backend
 

@@ -57,7 +57,8 @@ def pointing_at(document: Document) -> Iterator[None]:
         raise UsageError(error.message if where == "command line" else f"{where}: {error.message}", hint=error.hint) from None
 
 
-def export(recipe: MergeRecipe, output_kind: str, file: Path, *, overwrite: bool) -> list[str]:
+def export(recipe: MergeRecipe, output_kind: str, file: Path, *, overwrite: bool,
+           allow_base_mismatch: bool = False) -> list[str]:
     """Write the merge as mergekit's YAML, after all checks that need no pass over the tensors."""
     from paft.merge.inputs import open_inputs
     from paft.merge.mergekit.contracts import signature
@@ -70,7 +71,7 @@ def export(recipe: MergeRecipe, output_kind: str, file: Path, *, overwrite: bool
         raise MismatchError(f"{file} exists", hint="name another file, or pass --overwrite")
     known = native(recipe.method, recipe.dialect) if recipe.engine == "paft" else signature(recipe.method)
     settings = Settings.read(known, recipe.adapters, recipe.parameters, recipe.weights)
-    inputs = open_inputs(settings.inputs, recipe.base)
+    inputs = open_inputs(settings.inputs, recipe.base, allow_base_mismatch=allow_base_mismatch)
     settings = settings.over(inputs.base.entries)
     for _ in settings.distinct(inputs.touched()):
         pass

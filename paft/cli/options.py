@@ -28,6 +28,7 @@ out_option = click.option("-o", "--out", type=click.Path(path_type=Path), help="
 recipe_option = click.option("-c", "--recipe", "file", metavar="RECIPE", help="A YAML file, or a name from `paft recipes ls`.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check all, say what would be done and what it costs, write nothing.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
+allow_base_mismatch = click.option("--allow-base-mismatch", is_flag=True, help="Accept a base of other content, as another type.")
 
 
 def set_option(example: str) -> Callable[[F], F]:

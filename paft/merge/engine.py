@@ -55,6 +55,7 @@ def merge(
     output_kind: str = "full",
     rank: int | None = None,
     max_error: float | None = None,
+    allow_base_mismatch: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -77,7 +78,7 @@ def merge(
     _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
-    opened = open_inputs(settings.inputs, base)
+    opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
     settings = settings.over(opened.base.entries)
     job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget,
               rounding, device)

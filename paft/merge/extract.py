@@ -71,6 +71,7 @@ def extract(
     rank: int | None = None,
     max_error: float | None = None,
     seed: int = 0,
+    allow_base_mismatch: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
@@ -91,7 +92,7 @@ def extract(
         raise UsageError("--partial is for --to-lora", hint="a delta file holds every tensor")
     kind, output_kind = DTYPES.get(dtype or ""), "lora" if to_lora else "delta"
     budget = find_budget(output_kind, rank, max_error, kind)
-    opened = open_inputs([name], base)
+    opened = open_inputs([name], base, allow_base_mismatch=allow_base_mismatch)
     for path in (opened.base.path, *opened.paths):
         if path.resolve().is_relative_to(out.resolve()):
             raise MismatchError(f"{out} holds an input of this command", hint="choose another -o DIR")

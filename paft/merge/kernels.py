@@ -153,13 +153,21 @@ def _nonzero(row):
 
 @jit
 def _conflicts(parts, width, high, low):
-    high[:width] = parts[0, :width]
-    low[:width] = parts[0, :width]
-    for i in range(1, parts.shape[0]):
+    """Entries with kept parts of both signs. Comparisons, as max() minds NaN and so does not become a vector."""
+    found, first = np.int32(0), parts[0]
+    if parts.shape[0] == 2:
+        other = parts[1]
         for j in range(width):
-            high[j] = max(high[j], parts[i, j])
-            low[j] = min(low[j], parts[i, j])
-    found = np.int32(0)
+            found += np.int32(((first[j] > 0) & (other[j] < 0)) | ((first[j] < 0) & (other[j] > 0)))
+        return found
+    high[:width] = first[:width]
+    low[:width] = first[:width]
+    for i in range(1, parts.shape[0]):
+        other = parts[i]
+        for j in range(width):
+            high[j] = other[j] if other[j] > high[j] else high[j]
+        for j in range(width):
+            low[j] = other[j] if other[j] < low[j] else low[j]
     for j in range(width):
         found += np.int32((high[j] > 0) & (low[j] < 0))
     return found

@@ -78,7 +78,7 @@ def lora_sentence(report: dict[str, Any]) -> str:
     if report["exact"]:
         return "Exact: the adapter is the delta, up to float32."
     name, worst = max(report["modules"].items(), key=lambda item: item[1]["relative_error"])
-    sentence = f"Relative error {report['relative_error']:.3g}, at most {worst['relative_error']:.3g} ({name})."
+    sentence = f"Relative error {report['relative_error']:.3g}; at most {worst['relative_error']:.3g}, in\n{name}."
     if rest := report["left_out"]:
         sentence += f"\nLeft out, and in the error: {len(rest)} tensors that LoRA cannot hold ({rest[0]}, ...)."
     return sentence

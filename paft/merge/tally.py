@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class Tally:
         for total, values in zip(self.squares, (square, square * landed, error), strict=True):
             total += values.sum(dim=1, dtype=torch.float64).tolist()
 
-    def counted(self, entries: int, counts: Sequence[int], sums: Iterable[Sequence[float]]) -> None:
-        """What `filtered` and `rounded` count of one tile, from a kernel (`kernels.counters`, and energies by rows)."""
+    def counted(self, entries: int, counts: Sequence[int], sums: Sequence[Sequence[float]]) -> None:
+        """What `filtered` and `rounded` count of one tile, from a kernel (`kernels.counters`, and the three energies by row)."""
         n = len(self.adapters)
         self.entries += entries
         self.before = [a + b for a, b in zip(self.before, counts[:n], strict=True)]
@@ -59,7 +59,7 @@ class Tally:
         self.conflicts += counts[2 * n]
         self.nonzero += counts[2 * n + 1]
         self.survived += counts[2 * n + 2]
-        for total, values in zip(self.squares, zip(*sums, strict=True), strict=True):
+        for total, values in zip(self.squares, sums, strict=True):
             total += values
 
     def add(self, other: Tally) -> None:

@@ -87,7 +87,7 @@ def _fused(entry: Entry, tensors: Sequence[Tiled], plan: Plan, dtype: torch.dtyp
         sums = fused(rows[:count].numpy(), start, rows[count].numpy(), _numpy(weight), counts)
         if sums is None:
             return None
-        tally.counted(weight.numel(), counts.tolist(), sums)
+        tally.counted(weight.numel(), counts.tolist(), sums.T.tolist())
         return weight
 
     return tile

@@ -58,6 +58,7 @@ def merge(
     out: Path,
     dtype: str | None = None,
     seed: int = 0,
+    allow_base_mismatch: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -70,7 +71,7 @@ def merge(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     settings = Settings.read(signature(method), inputs, parameters, weights)
-    opened = open_inputs(settings.inputs, base)
+    opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
     opened.check_apart(out)
     settings = settings.over(opened.base.entries)
     names = opened.touched()
@@ -153,7 +154,7 @@ def _fold(opened: Inputs, folds: Sequence[Path], progress: Progress | None) -> N
             progress(done, len(folds) + 1, opened.names[done])
         if fold != path:
             engine.merge([str(path)], base=str(opened.base.path), method="task_arithmetic", parameters={}, weights=None,
-                         out=fold, dtype="float32")
+                         out=fold, dtype="float32", allow_base_mismatch=True)
     if progress is not None:
         progress(len(folds), len(folds) + 1, "mergekit")
 
