@@ -171,3 +171,19 @@ def test_selection_in_one_pass_is_that_by_histogram(kind: str, share: float) -> 
             assert torch.equal(found.places, expected.places)
     magnitudes = torch.cat([delta.tile(a, min(a + 1, ROWS)).flatten() for a in range(ROWS)]).abs().sort(descending=True).values
     assert expected.value == float(magnitudes[count - 1])
+
+
+def test_without_a_writable_cache_kernels_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paft.merge import jit
+
+    real, asked = jit.numba.njit, []
+
+    def njit(function: Any, **options: Any) -> Any:
+        asked.append(options.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(function, **options)
+
+    monkeypatch.setattr(jit.numba, "njit", njit)
+    assert jit.jit(lambda x: x + 1)(2) == 3
+    assert asked == [True, False]
