@@ -16,31 +16,32 @@ def collect(tile, low, high, first, sizes, places, filled):
     Magnitudes are compared as their bits (uint32), which have the same order.
     """
     rows, columns = tile.shape
-    above, span = 0, np.uint32(high - low)
+    above, span, whole = 0, np.uint32(high - low), columns // 32
+    near = np.empty(whole, np.int32)
     for row in range(rows):
         source, flat = tile[row], first + row * columns
-        over, whole = np.int32(0), columns // 32 * 32
         if filled + columns > sizes.shape[0]:
             return above, sizes.shape[0] + 1
-        for begin in range(0, whole, 32):
-            near = np.int32(0)
+        over = np.int32(0)
+        for k in range(whole):
+            found = np.int32(0)
             for j in range(32):
-                size = source[begin + j] & _SIZE
+                size = source[32 * k + j] & _SIZE
                 over += np.int32(size > high)
-                near += np.int32(size - low <= span)
-            if near:
+                found += np.int32(size - low <= span)
+            near[k] = found
+        for k in range(whole):
+            if near[k]:  # stored without a branch: which of the 32 it is cannot be predicted
                 for j in range(32):
-                    size = source[begin + j] & _SIZE
-                    if size - low <= span:
-                        sizes[filled] = size
-                        places[filled] = flat + begin + j
-                        filled += 1
-        for j in range(whole, columns):
+                    size = source[32 * k + j] & _SIZE
+                    sizes[filled] = size
+                    places[filled] = flat + 32 * k + j
+                    filled += np.int64(size - low <= span)
+        for j in range(32 * whole, columns):
             size = source[j] & _SIZE
             over += np.int32(size > high)
-            if size - low <= span:
-                sizes[filled] = size
-                places[filled] = flat + j
-                filled += 1
+            sizes[filled] = size
+            places[filled] = flat + j
+            filled += np.int64(size - low <= span)
         above += over
     return above, filled
