@@ -88,7 +88,7 @@ def merge(
         return estimate(job)
     with output_dir(out, overwrite=overwrite) as scratch:
         report = _write(job.with_trims(), scratch, _Steps(progress, len(opened.base.entries)))
-    return report | {"out": str(out)}
+    return report | {"out": str(out), "base": opened.reference}
 
 
 def _check_output(kind: str, rounding: str, device: str) -> None:
