@@ -35,6 +35,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _OWN = ("README.md", "paft.json", "adapter_config.json")
 _SPAN = 1 << 22
 _FLUSH = 1 << 27  # bytes written before the disk is told to begin
+_SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
 
 
 @dataclass
@@ -87,11 +88,11 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
                 pending += place.nbytes
                 if pending > _FLUSH:
                     pending = 0
-                    flusher.submit(os.fdatasync, place.target)
+                    flusher.submit(_SYNC, place.target)
                 progress(entry.name)
-        except BaseException:
+        finally:  # no thread may hold a file when it is closed
             pool.shutdown(cancel_futures=True)
-            raise
+            flusher.shutdown(cancel_futures=True)
         for target in {place.target for _, place, _ in jobs}:
             os.fsync(target)
     return done
