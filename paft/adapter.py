@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from paft import hub
 from paft.checkpoint import read_json
 from paft.errors import MismatchError, NotFoundError
-from paft.peftfile import PREFIX, Factors, Rows, Saved, read_parts
+from paft.factors import Factors, Rows, Saved
+from paft.peftfile import PREFIX, read_parts
 from paft.provenance import content_hash
 
 CONFIG = "adapter_config.json"

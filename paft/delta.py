@@ -18,8 +18,8 @@ import torch
 from paft.adapter import Adapter
 from paft.checkpoint import Checkpoint
 from paft.errors import MismatchError
+from paft.factors import Rows
 from paft.naming import aligned
-from paft.peftfile import Rows
 from paft.placement import place
 from paft.variants import (
     DoraTensor,

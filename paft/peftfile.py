@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from paft.checkpoint import Checkpoint, Entry, read_entries
+from paft.checkpoint import Checkpoint, read_entries
 from paft.errors import MismatchError
+from paft.factors import Factors, Parts, Rows, Saved
 
 PREFIX = "base_model.model."
 # Names of the embedding and the head in the architectures of transformers. PEFT stores copies of these unasked.
@@ -41,51 +43,8 @@ _KINDS = {
 _STACK_ORDER = ("gate_up_proj", "down_proj")  # PEFT wraps a module's parameters in the order of their registration
 
 
-@dataclass(frozen=True)
-class Factors:
-    """One module's ``ΔW = scale · B @ A``, float32; ``fan_in_fan_out`` is the configuration's claim about the base.
-
-    Of an ``embedding`` the product is the tensor as it is stored, [vocabulary, hidden]. With a ``magnitude`` (DoRA)
-    the product is not all of ΔW: it turns the direction of W's columns, and ``magnitude`` sets their length.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-    fan_in_fan_out: bool
-    embedding: bool = False
-    magnitude: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of an embedding: row ``indices[i]`` becomes ``values[i]``, float32."""
-
-    indices: tuple[int, ...]
-    values: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A tensor of the base that the adapter replaces; ``declared`` if its configuration says so."""
-
-    entry: Entry
-    declared: bool
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything in an adapter's file. ``stacks``: parameter -> the names of its experts in ``factors``, in order."""
-
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    rows: Mapping[str, Rows] = field(default_factory=dict)
-    saved: Mapping[str, Saved] = field(default_factory=dict)
-    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
 def read_parts(name: str, file: Path, config: Mapping[str, Any]) -> Parts:
-    """Read an adapter's file; factors are widened to float32, replaced tensors stay on disk.
+    """Read and check an adapter's file; factors of linear layers (widened to float32 when used) and replaced tensors stay there.
 
     Raises MismatchError, with the tensor's name, for a damaged file, a tensor that nothing would use, that is missing,
     that has the wrong shape or that holds NaN or infinity, and for an empty file.
@@ -205,6 +164,7 @@ class _Reader:
             magnitude = self._tensor(found["magnitude"][module][""], 1)
         if embedding:
             return Factors(b.T.contiguous(), a.T.contiguous(), scale, False, True, magnitude)
+        a, b = (partial(self._tensor, keys[side], 2) for side in "AB")  # read and checked above, and again where it is used
         return Factors(a, b, scale, bool(self.config.get("fan_in_fan_out")), False, magnitude)
 
     def _check_beside(self, module: str, kind: str, option: str, key: str | None, size: int, embedding: bool) -> None:

@@ -13,8 +13,9 @@ import torch
 from paft.adapter import Adapter
 from paft.checkpoint import Checkpoint, Entry
 from paft.errors import MismatchError
+from paft.factors import Factors, Rows, Saved
 from paft.naming import Names, is_vocabulary
-from paft.peftfile import HEADS, Factors, Rows, Saved
+from paft.peftfile import HEADS
 from paft.tying import untangle
 from paft.variants import LowRank, Part, Shift, Stack
 
@@ -163,7 +164,7 @@ class _Placer:
             if sum(heights) != len(factors.B):
                 raise MismatchError(f"{self.adapter.name}: {parameter} has {len(factors.B)} outputs, the base's {sum(heights)}")
             for place, rows in zip(sorted(files), factors.B.split(heights), strict=True):
-                name, part = files[place][index], replace(factors, B=rows)
+                name, part = files[place][index], replace(factors, b=rows)
                 self._check_shape(name, parameter, (len(rows), part.A.shape[1]))
                 self._add(name, f"{parameter}[{index}]", LowRank(part, False))
 

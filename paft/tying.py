@@ -15,8 +15,8 @@ import torch
 
 from paft.checkpoint import Checkpoint
 from paft.errors import MismatchError
+from paft.factors import Rows, Saved
 from paft.naming import Names
-from paft.peftfile import Rows, Saved
 from paft.variants import LowRank, Part
 
 Parts = dict[str, list[Part]]

@@ -19,7 +19,7 @@ import torch
 
 from paft.checkpoint import Checkpoint
 from paft.errors import MismatchError
-from paft.peftfile import Factors, Rows, Saved
+from paft.factors import Factors, Rows, Saved
 
 _STRIP = 64
 

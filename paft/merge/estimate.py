@@ -33,7 +33,8 @@ def estimate(job: Job) -> dict[str, Any]:
         entry.rows * entry.columns * writer.output_dtype(entry, job.dtype).itemsize if entry.is_float else entry.nbytes
         for entry in entries.values()
     )
-    factors = sum(f.A.nbytes + f.B.nbytes for adapter in job.inputs.adapters for f in adapter.factors.values())
+    factors = [f.A.nbytes + f.B.nbytes for adapter in job.inputs.adapters for f in adapter.factors.values()]
+    held = sum(factors) if job.output_kind == "lora" else max(factors, default=0) * 2 * job.threads
     tile = max((tile_rows(entry.columns, job.elements) * entry.columns for entry in changed), default=0)
     counts = {"merged": len(changed), "copied": len(entries) - len(changed)}
     if job.output_kind != "full":
@@ -46,5 +47,5 @@ def estimate(job: Job) -> dict[str, Any]:
         "bytes": {"read": read, "written": written},
         "profile": profile(job.settings, job.inputs.touched(), job.inputs.names),
         "seconds": round(rate * size + written / _COPY_RATE, 2),
-        "memory_bytes": int(_IMPORTS + factors + tile * 4 * (4 * len(job.inputs.deltas) + 12)),
+        "memory_bytes": int(_IMPORTS + held + tile * 4 * (4 * len(job.inputs.deltas) + 12)),
     }
