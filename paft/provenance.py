@@ -42,6 +42,17 @@ def check_target(target: Path, *, overwrite: bool = False) -> None:
         raise MismatchError(f"{target} is a file, not a directory", hint="choose another -o DIR")
 
 
+def make_parent(target: Path) -> None:
+    """Make the directory that ``target`` will lie in; NotFoundError or ResourceError where nothing can be written there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except PermissionError as error:
+        raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
+    except OSError as error:
+        raise ResourceError(f"cannot write in {target.parent}: {error.strerror}") from error
+
+
 @contextmanager
 def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a scratch directory that becomes ``target`` when the block succeeds and vanishes when it does not.
@@ -50,13 +61,8 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_target(target, overwrite=overwrite)
     target = Path(os.path.normpath(target))  # a last part that is a name, for the scratch directory beside it
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except PermissionError as error:
-        raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
-    except OSError as error:
-        raise ResourceError(f"cannot write in {target.parent}: {error.strerror}") from error
+    make_parent(target)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())

@@ -58,9 +58,11 @@ def invoke(arguments: list[str]) -> int:
         return _fail(error.format_message(), f"{command} --help", 2, arguments)
     except click.exceptions.Exit as done:
         return done.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
         hint = "the same command with --resume keeps the finished stages" if arguments[:1] == ["run"] else None
-        return _fail("interrupted; nothing half-made was kept", hint, 130, arguments)
+        told = getattr(stop.__cause__ or stop, "args", ())  # click wraps the interrupt
+        message, hint = told if len(told) == 2 else ("interrupted; nothing half-made was kept", hint)
+        return _fail(message, hint, 130, arguments)
     except BrokenPipeError:
         return 0
     except MemoryError:

@@ -26,7 +26,9 @@ DATA = options.stack(
 LAST = options.stack(
     options.recipe_option, options.set_option("trainer.max_steps=100"),
     click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
-    options.dry_run, options.overwrite, options.common,
+    options.dry_run, options.overwrite,
+    click.option("--resume", is_flag=True, help="Finish what a killed process began; the result is the same."),
+    options.common,
 )
 
 
@@ -77,7 +79,8 @@ def train_joint(**given: Any) -> None:
 
 
 def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
-    common = {key: given.pop(key) for key in ("file", "sets", "out", "overwrite", "dry_run", "as_json", "quiet", "traceback")}
+    names = ("file", "sets", "out", "overwrite", "resume", "dry_run", "as_json", "quiet", "traceback")
+    common = {key: given.pop(key) for key in names}
     file = options.recipe_file(common["file"])
     recipe = load(kind, file, common["sets"], given)
     out = common["out"] or Path("adapters") / (file.stem if file else name)
@@ -91,7 +94,7 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
         plan = stage.plan(recipe, out, overwrite=common["overwrite"])
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
-    manifest = stage.train(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
+    manifest = stage.train(recipe, out, overwrite=common["overwrite"], resume=common["resume"], quiet=common["quiet"])
     options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1)), as_json=common["as_json"])
 
 

@@ -21,7 +21,7 @@ class Watch(TrainerCallback):
         self.note = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress = Progress(self.label, state.max_steps, quiet=self.quiet)
+        self.progress = Progress(self.label, state.max_steps, before=state.global_step, quiet=self.quiet)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, self.note)

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from paft.provenance import check_target, output_dir, tensor_files, write_manife
 from paft.provenance import content_hash as tensor_hash
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
+from paft.train import work
 from paft.train.l1 import nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
 
@@ -85,33 +85,53 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match {odd[0]}, which is no linear layer", hint=hint)
 
 
-def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, quiet: bool = False,
-          label: str | None = None) -> dict[str, Any]:
+def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, resume: bool = False,
+          quiet: bool = False, label: str | None = None) -> dict[str, Any]:
     """Train one adapter and write it to ``out`` (PEFT format, card, `paft.json`, log.jsonl); returns the manifest.
 
     ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
-    plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base.
+    plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base. ``resume``
+    finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
+    an ``out`` that the same recipe, base and data have made already is returned as it is.
     """
-    check_target(out, overwrite=overwrite)
+    if resume and isinstance(recipe, JointRecipe):
+        raise UsageError("train-joint cannot be resumed: where its SFT data stood is not kept", hint="leave --resume out")
+    if not resume:
+        check_target(out, overwrite=overwrite)
+    check_trainer(recipe)
     on = _start(recipe)
     rows = _load(recipe) if rows is None else rows
-    started = time.monotonic()
-    with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
-        trainer = _build(recipe, rows, scratch)
+    begun = _begun(recipe, rows)
+    if resume and not overwrite and (manifest := work.finished(out, begun)):
+        say(f"{out} is finished already", quiet=quiet)
+        return manifest
+    check_target(out, overwrite=overwrite)
+    with work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running:
+        trainer = _build(recipe, rows, str(running.directory))
         _note_boundary(trainer.processing_class, rows, quiet)
         _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
-        _run(trainer, label or out.name, directory / "log.jsonl", quiet)
+        _run(trainer, label or out.name, running, quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
+        return _write(trainer, recipe, on, out, running, {**begun, "metrics": metrics}, overwrite=overwrite)
+
+
+def _write(trainer: Any, recipe: AnyRecipe, on: Adapter | None, out: Path, running: work.Work, told: dict[str, Any], *,
+           overwrite: bool) -> dict[str, Any]:
+    with output_dir(out, overwrite=overwrite) as directory:
         _save(trainer, recipe, on, directory)
-        manifest = write_manifest(
-            directory, command=recipe.kind, recipe=recipe.model_dump(), seed=recipe.seed, base=_base(recipe),
-            inputs={name: content_hash(found) for name, found in rows.items() if found}, metrics=metrics,
-            wall_s=round(time.monotonic() - started, 2),
-        )
+        shutil.copyfile(running.log, directory / running.log.name)
+        manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
         card = adapter_card(out.name, base=recipe.model, recipe={"kind": recipe.kind, **recipe.model_dump(exclude_defaults=True)},
-                            metrics=[metrics], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
+                            metrics=[told["metrics"]], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
         (directory / "README.md").write_text(card, encoding="utf-8")
     return manifest
+
+
+def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
+    """What a training is, before its first step: `paft.json` repeats it, and a resumed training must have it in common."""
+    _require(recipe.model, "--model")
+    return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": _base(recipe),
+            "inputs": {name: content_hash(found) for name, found in rows.items() if found}}
 
 
 def _require(value: str | None, flag: str) -> str:
@@ -160,7 +180,6 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
 
     from paft.train import dpo, joint, sft
 
-    check_trainer(recipe)
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
     name = _require(recipe.model, "--model")
     tokenizer = load_tokenizer(name, chat=_is_chat(rows))
@@ -201,15 +220,17 @@ def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
         say(f"note: {given - kept} of {given} rows dropped: {why}", quiet=quiet)
 
 
-def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
+def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     from paft.train.callbacks import Watch
+    from paft.train.keeper import Keeper
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(label, log, quiet=quiet))
+    trainer.add_callback(Keeper(trainer, running))
+    trainer.add_callback(Watch(label, running.log, quiet=quiet))
     with _usage(lambda: trainer.state.global_step == 0):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(running.checkpoint) if running.checkpoint else None)
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
