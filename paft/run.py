@@ -21,8 +21,8 @@ from paft import data, provenance
 from paft.adapter import concatenate, read_adapter, save_adapter
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
-from paft.models import device, free_cores, load_model, load_tokenizer, resolve_base, wrap
-from paft.parallel import run_graph
+from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
+from paft.parallel import gpus, run_graph
 from paft.progress import Progress, say
 from paft.recipe import RunRecipe
 from paft.report.headtohead import write_report
@@ -57,7 +57,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         workers: int | None = None) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
-    ``workers``: how many trainings run side by side; None is one on a GPU or with a base of 100 MB or more, else one a core.
+    ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
     Raises UsageError for a recipe that names unknown stages, MismatchError for a target that is not empty.
     """
     check(recipe)
@@ -71,9 +71,9 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
 
 
 def _default_workers(recipe: RunRecipe) -> int:
-    """A small model cannot use two cores for one training, but two trainings can; a large one fills the device alone."""
+    """A training fills a GPU; a small model cannot use two cores for one training, but two trainings can."""
     size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
-    return free_cores() if device() == "cpu" and size < 100e6 else 1
+    return len(gpus()) or (free_cores() if size < 100e6 else 1)
 
 
 def _execute(job: Run, started: float) -> dict[str, Any]:
