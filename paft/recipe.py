@@ -10,30 +10,11 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from paft.errors import UsageError, did_you_mean
+from paft.sections import Coefficient, EarlyStopping, Fraction, Lora, Strict
 from paft.yamlfile import Document, parse_scalar, read_yaml
-
-
-class Strict(BaseModel):
-    """A recipe node: unknown keys are errors, ``true`` is no number, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Lora(Strict):
-    """A PEFT LoRA: ΔW = s·B·A with A (r × in), B (out × r), s = alpha/r, or alpha/√r with rslora."""
-
-    r: Annotated[int, Field(gt=0)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Fraction = 0.0
-    targets: str | list[str] = "all-linear"
-    rslora: bool = False
 
 
 class TrainRecipe(Strict):
@@ -47,6 +28,7 @@ class TrainRecipe(Strict):
     l2: Coefficient = 0.0
     seed: int = 0
     eval_fraction: Fraction = 0.0
+    early_stopping: EarlyStopping | None = None
     trainer: dict[str, Any] = {}
 
 
@@ -245,6 +227,8 @@ def _explain(kind: type[Strict], error: ValidationError, document: Document) -> 
         return UsageError(f"{where}: {', '.join(missing)} {verb} missing", hint=" ".join(f"--set {name}=..." for name in missing))
     sections = ("model_type", "dict_type", "model_attributes_type")
     said = "should be a section of keys and values" if first["type"] in sections else first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "value_error":  # one of our own, which says what it got
+        return UsageError(f"{where}: {path}: {said.removeprefix('value error, ')}"[:300])
     return UsageError(f"{where}: {path or 'recipe'}: {said}, got {first.get('input')!r}"[:300])
 
 
@@ -273,4 +257,5 @@ def _is_union(kind: Any) -> bool:
 def _keys_at(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the node at ``loc`` would accept."""
     found = _walk(kind, loc)[1]
+    found = next((one for one in get_args(found) if one is not types.NoneType), found) if _is_union(found) else found
     return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []

@@ -45,6 +45,7 @@ class Run:
     text: list[data.Row] = field(default_factory=list)
     base_hash: str = ""
     workers: int = 1
+    resume: bool = False
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name
@@ -63,7 +64,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     check(recipe)
     if not resume:
         provenance.check_target(out, overwrite=overwrite)
-    job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe))
+    job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe), resume=resume)
     started = time.monotonic()
     _read_data(job)
     with provenance.set_aside(out, aside=overwrite and not resume):
@@ -155,8 +156,9 @@ def _train_all(job: Run) -> None:
 
 
 def _train_one(job: Run, name: str) -> dict[str, Any]:
-    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, job.recipe.train[name].objective),
-                 overwrite=True, quiet=job.quiet or job.workers > 1, label=name)
+    objective = job.recipe.train[name].objective
+    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, objective), overwrite=True,
+                 resume=job.resume and objective != "joint", quiet=job.quiet or job.workers > 1, label=name)
 
 
 def _minutes(seconds: float) -> str:

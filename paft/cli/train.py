@@ -112,4 +112,6 @@ def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str
              "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
-    return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s", *textwrap.wrap(told, 79), f"next: {follow}"]
+    best = f", the best kept: that of step {int(metrics['best_step'])}" if "best_step" in metrics else ""
+    first = f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s{best}"
+    return [first, *textwrap.wrap(told, 79), f"next: {follow}"]

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from paft import hub
-from paft.adapter import CONFIG, WEIGHTS, Adapter, check_low_rank, concatenate, read_adapter, save_adapter
-from paft.card import adapter_card
+from paft.adapter import Adapter, check_low_rank, read_adapter
 from paft.checkpoint import Checkpoint
 from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
-from paft.errors import MismatchError, UsageError
+from paft.errors import MismatchError, ResourceError, UsageError
 from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
 from paft.placement import place
 from paft.progress import say
-from paft.provenance import check_target, output_dir, tensor_files, write_manifest
-from paft.provenance import content_hash as tensor_hash
+from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
-from paft.train import work
-from paft.train.l1 import nonlinear_layers
+from paft.train import artefact, work
+from paft.train.checks import check_evaluation, check_names, check_sum, fitted, keep_reports_quiet
+from paft.train.l1 import lora_factors, nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
@@ -35,11 +31,13 @@ Rows = dict[str, list[Row]]
 def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """What ``train`` would do, after every check that needs no model in memory."""
     check_target(out, overwrite=overwrite)
+    check_trainer(recipe)
     rows = _load(recipe)
+    check_evaluation(recipe, rows)
     model = _require(recipe.model, "--model")
     base = resolve_base(model)
     _start(recipe)
-    check_trainer(recipe)
+    recipe = fitted(recipe, base, _config_kind(recipe).max_length)
     load_tokenizer(model, chat=_is_chat(rows))
     adapter = _adapter_parameters(recipe, base)
     size = sum(file.stat().st_size for file in tensor_files(base))
@@ -83,6 +81,7 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}", hint=hint) from error
     if odd := nonlinear_layers(model):
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match {odd[0]}, which is no linear layer", hint=hint)
+    check_names(recipe.lora, [name for name, *_ in lora_factors(model)], [name for name, _ in model.named_modules()])
 
 
 def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, resume: bool = False,
@@ -101,36 +100,26 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_trainer(recipe)
     on = _start(recipe)
     rows = _load(recipe) if rows is None else rows
+    check_evaluation(recipe, rows)
+    base = resolve_base(_require(recipe.model, "--model"))
     begun = _begun(recipe, rows)
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)
         return manifest
     check_target(out, overwrite=overwrite)
     with work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running:
-        trainer = _build(recipe, rows, str(running.directory))
+        trainer = _build(fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet), rows, str(running.directory))
         _note_boundary(trainer.processing_class, rows, quiet)
         _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
         _run(trainer, label or out.name, running, quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
-        return _write(trainer, recipe, on, out, running, {**begun, "metrics": metrics}, overwrite=overwrite)
-
-
-def _write(trainer: Any, recipe: AnyRecipe, on: Adapter | None, out: Path, running: work.Work, told: dict[str, Any], *,
-           overwrite: bool) -> dict[str, Any]:
-    with output_dir(out, overwrite=overwrite) as directory:
-        _save(trainer, recipe, on, directory)
-        shutil.copyfile(running.log, directory / running.log.name)
-        manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
-        card = adapter_card(out.name, base=recipe.model, recipe={"kind": recipe.kind, **recipe.model_dump(exclude_defaults=True)},
-                            metrics=[told["metrics"]], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
-        (directory / "README.md").write_text(card, encoding="utf-8")
-    return manifest
+        told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics}
+        return artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite)
 
 
 def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
     """What a training is, before its first step: `paft.json` repeats it, and a resumed training must have it in common."""
-    _require(recipe.model, "--model")
-    return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": _base(recipe),
+    return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": artefact.base(recipe),
             "inputs": {name: content_hash(found) for name, found in rows.items() if found}}
 
 
@@ -180,6 +169,7 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
 
     from paft.train import dpo, joint, sft
 
+    keep_reports_quiet(recipe.trainer.get("report_to"))
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
     name = _require(recipe.model, "--model")
     tokenizer = load_tokenizer(name, chat=_is_chat(rows))
@@ -199,6 +189,10 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
         if not still_early():
             raise
         raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
+    except (ImportError, RuntimeError) as error:
+        if not (still_early() and "install" in str(error)):  # a report, an optimiser or a kernel from another package
+            raise
+        raise ResourceError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
 
 
 def _note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
@@ -221,12 +215,14 @@ def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
 
 
 def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
     from paft.train.callbacks import Watch
     from paft.train.keeper import Keeper
 
     trainer.remove_callback(PrinterCallback)
+    if stopping := trainer.recipe.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(stopping.patience, stopping.threshold))
     trainer.add_callback(Keeper(trainer, running))
     trainer.add_callback(Watch(label, running.log, quiet=quiet))
     with _usage(lambda: trainer.state.global_step == 0):
@@ -243,6 +239,8 @@ def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
         held = trainer.evaluate()
         last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
     last["steps"] = trainer.state.global_step
+    if trainer.args.load_best_model_at_end:
+        last["best_step"] = trainer.state.best_global_step
     return {key: round(float(value), 6) for key, value in last.items() if math.isfinite(float(value))}
 
 
@@ -250,39 +248,7 @@ def _start(recipe: AnyRecipe) -> Adapter | None:
     """The adapter to train on, if the sum of it and the trained one can be written; MismatchError before any work if not."""
     if recipe.on is None:
         return None
+    check_sum(recipe)
     on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(_require(recipe.model, "--model")))).adapter
     check_low_rank(on)
     return on
-
-
-def _save(trainer: Any, recipe: AnyRecipe, on: Adapter | None, directory: Path) -> None:
-    # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer.model.save_pretrained(scratch, save_embedding_layers=False)
-        _name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
-        trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
-        if on is None:
-            for name in (WEIGHTS, CONFIG):
-                shutil.copyfile(Path(scratch) / name, directory / name)
-        else:
-            config, tensors = concatenate([on, trained], [1.0, 1.0])
-            save_adapter(directory, config, tensors)
-            _name_base(directory / CONFIG, str(recipe.model))
-
-
-def _name_base(file: Path, model: str) -> None:
-    """Write the base as the user named it; a hub id with its revision, never a cache path."""
-    repo, revision = hub.split_revision(model)
-    config = json.loads(file.read_text())
-    config.update(base_model_name_or_path=repo, revision=revision)
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"].sort()  # PEFT writes a set in hash order
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _base(recipe: AnyRecipe) -> dict[str, Any]:
-    path = resolve_base(str(recipe.model))
-    base: dict[str, Any] = {"name": recipe.model, "content_sha256": tensor_hash(path)}
-    if recipe.on:
-        base["on"] = {"name": recipe.on, "content_sha256": tensor_hash(hub.resolve(recipe.on, kind="adapter"))}
-    return base

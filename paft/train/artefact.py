@@ -1,0 +1,68 @@
+"""What a training leaves: the adapter in PEFT's format, its log, a card and `paft.json`, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from paft import hub
+from paft.adapter import CONFIG, WEIGHTS, Adapter, concatenate, read_adapter, save_adapter
+from paft.card import adapter_card
+from paft.models import resolve_base
+from paft.provenance import content_hash, output_dir, write_manifest
+from paft.recipe import TrainRecipe
+from paft.train.work import Work
+
+
+def base(recipe: TrainRecipe) -> dict[str, Any]:
+    """The base, and the adapter that is trained on, by name and content."""
+    path = resolve_base(str(recipe.model))
+    found: dict[str, Any] = {"name": recipe.model, "content_sha256": content_hash(path)}
+    if recipe.on:
+        found["on"] = {"name": recipe.on, "content_sha256": content_hash(hub.resolve(recipe.on, kind="adapter"))}
+    return found
+
+
+def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, running: Work, told: dict[str, Any], *,
+          overwrite: bool) -> dict[str, Any]:
+    """Write what ``trainer`` has learned to ``out``, as its sum with ``on`` if there is one; ``told`` goes into `paft.json`."""
+    with output_dir(out, overwrite=overwrite) as directory:
+        save(trainer, recipe, on, directory)
+        shutil.copyfile(running.log, directory / running.log.name)
+        if (running.directory / "runs").is_dir():  # TensorBoard's
+            shutil.copytree(running.directory / "runs", directory / "runs")
+        manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
+        said = {"kind": told["command"], **recipe.model_dump(exclude_defaults=True)}
+        card = adapter_card(out.name, base=recipe.model, recipe=said,
+                            metrics=[told["metrics"]], tags=("paft", "lora", told["command"].removeprefix("train-")))
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    return manifest
+
+
+def save(trainer: Any, recipe: TrainRecipe, on: Adapter | None, directory: Path) -> None:
+    """The adapter in a file of PEFT's, checked by reading it again; with ``on``, their sum."""
+    # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer.model.save_pretrained(scratch, save_embedding_layers=False)
+        name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
+        trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
+        if on is None:
+            for name in (WEIGHTS, CONFIG):
+                shutil.copyfile(Path(scratch) / name, directory / name)
+        else:
+            config, tensors = concatenate([on, trained], [1.0, 1.0])
+            save_adapter(directory, config, tensors)
+            name_base(directory / CONFIG, str(recipe.model))
+
+
+def name_base(file: Path, model: str) -> None:
+    """Write the base as the user named it; a hub id with its revision, never a cache path."""
+    repo, revision = hub.split_revision(model)
+    config = json.loads(file.read_text())
+    config.update(base_model_name_or_path=repo, revision=revision)
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()  # PEFT writes a set in hash order
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
