@@ -18,10 +18,14 @@ from paft.yamlfile import Document, parse_scalar, read_yaml
 
 
 class TrainRecipe(Strict):
-    """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields)."""
+    """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields).
+
+    ``full`` trains every weight instead of a LoRA; then ``lora`` has no use, and the result is a model.
+    """
 
     model: str | None = None
     on: str | None = None
+    full: bool = False
     lora: Lora = Lora()
     l1: Coefficient = 0.0
     l1_scaled: bool = True

@@ -15,6 +15,7 @@ MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directo
 ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both.")
 L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
+FULL = click.option("--full", is_flag=True, default=None, help="Train every weight instead of an adapter; makes a model.")
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
                     help="β of the DPO loss  [default: 0.1].")
 DATA = options.stack(
@@ -33,7 +34,7 @@ LAST = options.stack(
 
 
 @click.command("train-sft")
-@options.stack(MODEL, DATA, options.out_option, L1, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, L1, ON, FULL, LAST)
 def train_sft(**given: Any) -> None:
     """Train an SFT adapter, sparse with --l1.
 
@@ -46,7 +47,7 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@options.stack(MODEL, DATA, options.out_option, BETA, L1, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, BETA, L1, ON, FULL, LAST)
 def train_dpo(**given: Any) -> None:
     """Train a DPO adapter; its reference is the base.
 
@@ -95,23 +96,26 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
     manifest = stage.train(recipe, out, overwrite=common["overwrite"], resume=common["resume"], quiet=common["quiet"])
-    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1)), as_json=common["as_json"])
+    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, recipe), as_json=common["as_json"])
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{count} {name}" for name, count in plan["rows"].items() if count)
+    made = "model" if plan["recipe"]["full"] else "adapter"
     return [f"would {plan['command']} into {plan['out']}",
             f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
-            f"  adapter about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
+            f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
             f"  about {options.size(plan['memory_bytes'])} of memory in float32, before activations"]
 
 
-def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:
+def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
              "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
-    follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
+    follow = f"paft sparsity-report {out}" if recipe.l1 else f"paft merge {out} OTHER_ADAPTER --method ties"
+    if recipe.full:
+        follow = f"paft merge {out} OTHER --base {recipe.model} --method ties"
     best = f", the best kept: that of step {int(metrics['best_step'])}" if "best_step" in metrics else ""
     first = f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s{best}"
     return [first, *textwrap.wrap(told, 79), f"next: {follow}"]

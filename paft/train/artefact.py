@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paft import hub
 from paft.adapter import CONFIG, WEIGHTS, Adapter, concatenate, read_adapter, save_adapter
-from paft.card import adapter_card
+from paft.card import adapter_card, model_card
+from paft.errors import MismatchError
 from paft.models import resolve_base
 from paft.provenance import content_hash, output_dir, write_manifest
 from paft.recipe import TrainRecipe
@@ -28,18 +30,37 @@ def base(recipe: TrainRecipe) -> dict[str, Any]:
 
 def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, running: Work, told: dict[str, Any], *,
           overwrite: bool) -> dict[str, Any]:
-    """Write what ``trainer`` has learned to ``out``, as its sum with ``on`` if there is one; ``told`` goes into `paft.json`."""
+    """Write what ``trainer`` has learned to ``out``, as its sum with ``on`` if there is one; ``told`` goes into `paft.json`.
+
+    Full fine-tuning leaves a model that plain transformers loads, and that `paft merge --base` takes as θ − θ_pre.
+    """
     with output_dir(out, overwrite=overwrite) as directory:
-        save(trainer, recipe, on, directory)
+        if recipe.full:
+            save_model(trainer, resolve_base(str(recipe.model)), directory)
+        else:
+            save(trainer, recipe, on, directory)
         shutil.copyfile(running.log, directory / running.log.name)
         if (running.directory / "runs").is_dir():  # TensorBoard's
             shutil.copytree(running.directory / "runs", directory / "runs")
         manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
         said = {"kind": told["command"], **recipe.model_dump(exclude_defaults=True)}
-        card = adapter_card(out.name, base=recipe.model, recipe=said,
-                            metrics=[told["metrics"]], tags=("paft", "lora", told["command"].removeprefix("train-")))
+        make, kind = (partial(model_card, relation="finetune"), "full") if recipe.full else (adapter_card, "lora")
+        card = make(out.name, base=recipe.model, recipe=said, metrics=[told["metrics"]],
+                    tags=("paft", kind, told["command"].removeprefix("train-")))
         (directory / "README.md").write_text(card, encoding="utf-8")
     return manifest
+
+
+def save_model(trainer: Any, base: Path, directory: Path) -> None:
+    """The model and its tokenizer as transformers writes them; MismatchError for a parameter that is no number."""
+    from transformers import AutoConfig
+
+    for name, theta in trainer.model.named_parameters():
+        if not theta.isfinite().all():  # after the last step no loss would tell
+            raise MismatchError(f"{name} holds NaN or infinity: training has diverged", hint="lower trainer.learning_rate")
+    trainer.model.config.use_cache = getattr(AutoConfig.from_pretrained(base), "use_cache", True)  # off while it trains
+    trainer.model.save_pretrained(directory)
+    trainer.processing_class.save_pretrained(directory)
 
 
 def save(trainer: Any, recipe: TrainRecipe, on: Adapter | None, directory: Path) -> None:

@@ -39,10 +39,11 @@ def check_evaluation(recipe: TrainRecipe, rows: Mapping[str, Sequence[Any]]) -> 
         raise UsageError(f"{key} needs evaluation data", hint="pass --eval-data, or --eval-fraction 0.1")
 
 
-def check_sum(recipe: TrainRecipe) -> None:
-    """UsageError where the trained adapter could not be added to the one that it is trained on."""
+def check_start(recipe: TrainRecipe) -> None:
+    """UsageError where what is trained cannot be put together with what it is trained on."""
     lora = recipe.lora
-    odd = {"lora.dora": lora.dora, "lora.modules_to_save": lora.modules_to_save, "lora.bias": lora.bias != "none"}
+    odd = {"full": recipe.full, "lora.dora": lora.dora, "lora.modules_to_save": lora.modules_to_save,
+           "lora.bias": lora.bias != "none"}
     if recipe.on and (key := next((key for key, used in odd.items() if used), None)):
         raise UsageError(f"{key} does not go with --on: no sum of two adapters could hold it",
                          hint="merge the first adapter into the base (`paft merge`), and train on that")

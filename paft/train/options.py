@@ -42,6 +42,11 @@ def lora_config(lora: Lora) -> LoraConfig:
         modules_to_save=lora.modules_to_save or None, init_lora_weights=True if lora.init == "default" else lora.init)  # type: ignore[arg-type]
 
 
+def peft_config(recipe: TrainRecipe) -> LoraConfig | None:
+    """What TRL is to wrap the model in; None for full fine-tuning."""
+    return None if recipe.full else lora_config(recipe.lora)
+
+
 def check_options(kind: type, options: dict[str, Any]) -> None:
     """UsageError for a key of ``trainer:`` that the TRL config does not have or paft sets itself, or a value of another type."""
     known = {field.name for field in dataclasses.fields(kind) if field.init}

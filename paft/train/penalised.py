@@ -62,8 +62,11 @@ class Penalised:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.recipe.l1 and ("loss" in logs or "train_loss" in logs):  # the record of the end closes a short run
-            self._metrics["train"]["share_below_1e-5"].append(share_below(self.model, scaled=self.recipe.l1_scaled))
+            self._metrics["train"]["share_below_1e-5"].append(self._share())
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _share(self) -> float:
+        return share_below(self.model, scaled=self.recipe.l1_scaled)
 
     def _send_telemetry(self) -> None:
         """TRL tells its makers of every trainer that is built; paft tells nobody."""

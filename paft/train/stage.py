@@ -20,7 +20,8 @@ from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
 from paft.train import artefact, work
-from paft.train.checks import check_evaluation, check_names, check_sum, fitted, keep_reports_quiet
+from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet
+from paft.train.dense import Start
 from paft.train.l1 import lora_factors, nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
 
@@ -46,7 +47,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
     return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "memory_bytes": 4 * parameters(base) + 16 * adapter, "recipe": recipe.model_dump()}
+            "memory_bytes": (0 if recipe.full else 4 * parameters(base)) + 16 * adapter, "recipe": recipe.model_dump()}
 
 
 def _steps(args: Any, rows: int) -> int:
@@ -62,6 +63,8 @@ def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
     """Trainable parameters, from a model without storage; MismatchError where ``lora.targets`` match nothing."""
     from peft import get_peft_model
 
+    if recipe.full:
+        return parameters(base)
     with _named_targets(recipe, skeleton(base)) as model:
         return get_peft_model(model, lora_config(recipe.lora), low_cpu_mem_usage=True).get_nb_trainable_parameters()[0]
 
@@ -79,6 +82,8 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
         if "arget modules" not in str(error):
             raise
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}", hint=hint) from error
+    if recipe.full:
+        return
     if odd := nonlinear_layers(model):
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match {odd[0]}, which is no linear layer", hint=hint)
     check_names(recipe.lora, [name for name, *_ in lora_factors(model)], [name for name, _ in model.named_modules()])
@@ -93,6 +98,8 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
     an ``out`` that the same recipe, base and data have made already is returned as it is.
     """
+    if isinstance(recipe, JointRecipe) and recipe.full:
+        raise UsageError("train-joint trains an adapter only", hint="leave --full out")
     if resume and isinstance(recipe, JointRecipe):
         raise UsageError("train-joint cannot be resumed: where its SFT data stood is not kept", hint="leave --resume out")
     if not resume:
@@ -177,7 +184,10 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
         build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
-        return build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+        trainer = build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+        if recipe.full and (recipe.l1 or recipe.l2):
+            trainer.start = Start(resolve_base(name), trainer.model)
+        return trainer
 
 
 @contextmanager
@@ -246,9 +256,9 @@ def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
 
 def _start(recipe: AnyRecipe) -> Adapter | None:
     """The adapter to train on, if the sum of it and the trained one can be written; MismatchError before any work if not."""
+    check_start(recipe)
     if recipe.on is None:
         return None
-    check_sum(recipe)
     on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(_require(recipe.model, "--model")))).adapter
     check_low_rank(on)
     return on
