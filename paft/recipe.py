@@ -20,12 +20,15 @@ from paft.yamlfile import Document, parse_scalar, read_yaml
 class TrainRecipe(Strict):
     """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields).
 
-    ``full`` trains every weight instead of a LoRA; then ``lora`` has no use, and the result is a model.
+    ``full`` trains every weight instead of a LoRA; then ``lora`` has no use, and the result is a model. ``dtype`` is that of the
+    frozen base, ``quantize: 4bit`` stores its linear layers as NF4 (QLoRA); what is trained is float32 always.
     """
 
     model: str | None = None
     on: str | None = None
     full: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["4bit"] | None = None
     lora: Lora = Lora()
     l1: Coefficient = 0.0
     l1_scaled: bool = True

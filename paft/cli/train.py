@@ -105,7 +105,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     return [f"would {plan['command']} into {plan['out']}",
             f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
-            f"  about {options.size(plan['memory_bytes'])} of memory in float32, before activations"]
+            f"  about {options.size(plan['memory_bytes'])} of memory, before activations"]
 
 
 def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paft import hub
 from paft.adapter import CONFIG, WEIGHTS, Adapter, concatenate, read_adapter, save_adapter
 from paft.card import adapter_card, model_card
@@ -42,6 +44,8 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
         shutil.copyfile(running.log, directory / running.log.name)
         if (running.directory / "runs").is_dir():  # TensorBoard's
             shutil.copytree(running.directory / "runs", directory / "runs")
+        if torch.cuda.is_available():
+            told = {**told, "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
         manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
         said = {"kind": told["command"], **recipe.model_dump(exclude_defaults=True)}
         make, kind = (partial(model_card, relation="finetune"), "full") if recipe.full else (adapter_card, "lora")

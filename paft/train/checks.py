@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paft.errors import MismatchError, UsageError
+from paft.models import check_quantize
 from paft.progress import say
 from paft.recipe import TrainRecipe
 from paft.sections import Lora
@@ -40,13 +41,17 @@ def check_evaluation(recipe: TrainRecipe, rows: Mapping[str, Sequence[Any]]) -> 
 
 
 def check_start(recipe: TrainRecipe) -> None:
-    """UsageError where what is trained cannot be put together with what it is trained on."""
+    """UsageError where what is trained cannot be put together with what it is trained on; ResourceError for a missing package."""
     lora = recipe.lora
-    odd = {"full": recipe.full, "lora.dora": lora.dora, "lora.modules_to_save": lora.modules_to_save,
+    odd = {"full": recipe.full, "quantize": recipe.quantize, "lora.dora": lora.dora, "lora.modules_to_save": lora.modules_to_save,
            "lora.bias": lora.bias != "none"}
     if recipe.on and (key := next((key for key, used in odd.items() if used), None)):
-        raise UsageError(f"{key} does not go with --on: no sum of two adapters could hold it",
+        raise UsageError(f"{key} does not go with --on: the adapters would not add up exactly",
                          hint="merge the first adapter into the base (`paft merge`), and train on that")
+    if recipe.full and (recipe.quantize or recipe.dtype != "float32"):
+        raise UsageError(f"full fine-tuning needs the base in float32, not in {recipe.quantize or recipe.dtype}",
+                         hint="leave dtype and quantize out; trainer.bf16=true computes in bfloat16")
+    check_quantize(recipe.quantize)
 
 
 def check_names(lora: Lora, adapted: Sequence[str], every: Sequence[str]) -> None:

@@ -41,13 +41,14 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
     load_tokenizer(model, chat=_is_chat(rows))
     adapter = _adapter_parameters(recipe, base)
+    width = 0.6 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]  # bytes a parameter of the frozen base
     size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
     return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "memory_bytes": (0 if recipe.full else 4 * parameters(base)) + 16 * adapter, "recipe": recipe.model_dump()}
+            "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter, "recipe": recipe.model_dump()}
 
 
 def _steps(args: Any, rows: int) -> int:
@@ -180,14 +181,27 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
     name = _require(recipe.model, "--model")
     tokenizer = load_tokenizer(name, chat=_is_chat(rows))
-    with _usage(), _named_targets(recipe, load_model(name, on=recipe.on)) as model:
+    with _usage(), _named_targets(recipe, _start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
         build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
         trainer = build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
         if recipe.full and (recipe.l1 or recipe.l2):
             trainer.start = Start(resolve_base(name), trainer.model)
+        if recipe.quantize:
+            _widen(trainer.model)
         return trainer
+
+
+def _start_model(recipe: AnyRecipe) -> Any:
+    return load_model(str(recipe.model), on=recipe.on, dtype=recipe.dtype, quantize=recipe.quantize)
+
+
+def _widen(model: Any) -> None:
+    """TRL casts the adapter of a quantised model to bfloat16, in which a step below 1/256 of a factor's entry is lost: undone."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager
