@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from test_train_penalised import dpo_trainer, sft_trainer
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerControl
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer import base_trainer
 
 from paft.train.keeper import METRICS, NUMBERS
 
@@ -50,3 +52,30 @@ def test_checkpoints_are_complete_before_on_save_and_rotate_by_our_call() -> Non
 def test_callbacks_with_state_are_restored_only_if_asked() -> None:
     field = TrainingArguments.__dataclass_fields__["restore_callback_states_from_checkpoint"]
     assert field.default is False, "trainer_config asks for it: early stopping counts across processes"
+
+
+def test_early_stopping_takes_patience_and_threshold_and_stops_on_evaluate() -> None:
+    assert list(inspect.signature(EarlyStoppingCallback.__init__).parameters)[1:3] == [
+        "early_stopping_patience", "early_stopping_threshold"], "stage._run gives them by position"
+    assert "best_global_step" in TrainerState.__dataclass_fields__, "stage._metrics tells it as best_step"
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer])
+def test_trl_narrows_the_adapter_of_a_quantised_model(kind: Any) -> None:
+    source = inspect.getsource(kind.__init__)
+    assert "if _is_quantized_model:" in source and "param.data.to(torch.bfloat16)" in source, "else stage._widen has no use"
+
+
+@pytest.mark.parametrize("make", [sft_trainer, dpo_trainer])
+def test_no_trainer_tells_trl_of_itself(make: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda **given: told.append(given))
+    monkeypatch.delenv("CI", raising=False)
+    make(tiny_base, tmp_path)
+    assert told == []
+    assert "send_telemetry(" in inspect.getsource(base_trainer._BaseTrainer._send_telemetry), "Penalised overrides it"
+
+
+def test_a_dpo_of_a_whole_model_can_keep_what_the_model_said_first() -> None:
+    source = inspect.getsource(DPOTrainer.__init__)
+    assert "args.precompute_ref_log_probs and not self.is_fsdp_enabled" in source, "dpo.build: no second model is loaded"

@@ -90,12 +90,15 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
 
     quiet_libraries()
     from paft.train import stage
+    from paft.train.work import leads
 
     if common["dry_run"]:
         plan = stage.plan(recipe, out, overwrite=common["overwrite"])
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
     manifest = stage.train(recipe, out, overwrite=common["overwrite"], resume=common["resume"], quiet=common["quiet"])
+    if not leads():
+        return
     options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, recipe), as_json=common["as_json"])
 
 

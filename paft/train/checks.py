@@ -34,6 +34,12 @@ def fitted(recipe: R, base: Path, default: int | None, *, quiet: bool = False) -
     return recipe.model_copy(update={"trainer": {**recipe.trainer, "max_length": limit}})
 
 
+def note_packing(recipe: TrainRecipe, *, quiet: bool = False) -> None:
+    """Say what TRL's packing does: by ``bfd`` (its default) rows do not see each other, on a CPU too; by ``wrapped`` they do."""
+    if recipe.trainer.get("packing") and recipe.trainer.get("packing_strategy") == "wrapped":
+        say("note: packing_strategy wrapped cuts rows apart and lets them see each other; bfd does not", quiet=quiet)
+
+
 def check_evaluation(recipe: TrainRecipe, rows: Mapping[str, Sequence[Any]]) -> None:
     """UsageError where the recipe judges by evaluation data and there are none."""
     if (key := wants_evaluation(recipe)) and not rows.get("eval"):

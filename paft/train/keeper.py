@@ -66,10 +66,11 @@ class Keeper(TrainerCallback):
                 logs[rate] *= share
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        loss = trainer.accelerator.gather(trainer._tr_loss).mean().item()
         if not state.is_world_process_zero:
             return
-        trainer = self.trainer
-        saved = {"loss": trainer._tr_loss.item(),
+        saved = {"loss": loss,
                  "numbers": {name: getattr(trainer, name) for name in NUMBERS if hasattr(trainer, name)},
                  "metrics": {name: getattr(trainer, name) for name in METRICS if hasattr(trainer, name)},
                  "wall_s": self.work.wall, "log_bytes": self.work.log.stat().st_size}

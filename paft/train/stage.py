@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
 from paft.train import artefact, work
-from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet
+from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_packing
 from paft.train.dense import Start
 from paft.train.l1 import lora_factors, nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
@@ -97,8 +98,10 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
     plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base. ``resume``
     finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
-    an ``out`` that the same recipe, base and data have made already is returned as it is.
+    an ``out`` that the same recipe, base and data have made already is returned as it is. Under `accelerate launch` every
+    process calls this; the first one writes.
     """
+    quiet = quiet or not work.leads()
     if isinstance(recipe, JointRecipe) and recipe.full:
         raise UsageError("train-joint trains an adapter only", hint="leave --full out")
     if resume and isinstance(recipe, JointRecipe):
@@ -117,12 +120,13 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_target(out, overwrite=overwrite)
     with work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running:
         trainer = _build(fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet), rows, str(running.directory))
+        note_packing(recipe, quiet=quiet)
         _note_boundary(trainer.processing_class, rows, quiet)
         _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
         _run(trainer, label or out.name, running, quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics}
-        return artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite)
+        return artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite) if work.leads() else told
 
 
 def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
@@ -249,6 +253,11 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
         trainer.add_callback(EarlyStoppingCallback(stopping.patience, stopping.threshold))
     trainer.add_callback(Keeper(trainer, running))
     trainer.add_callback(Watch(label, running.log, quiet=quiet))
+    if trainer.args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ResourceError(f"{asked} processes were launched, and {trainer.args.world_size} found each other",
+                            hint="launch one for each GPU, or set trainer.use_cpu")
+    trainer.accelerator.wait_for_everyone()
+    running.join()
     with _usage(lambda: trainer.state.global_step == 0):
         trainer.train(resume_from_checkpoint=str(running.checkpoint) if running.checkpoint else None)
 

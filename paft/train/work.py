@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,11 @@ PROGRESS = "progress.json"  # the last file of a checkpoint that is written: wit
 PLACES = ("model", "on", "data", "eval_data", "sft_data", "pref_data")
 
 
+def leads() -> bool:
+    """Is this the process that writes? Under `accelerate launch` or torchrun only the first one is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass
 class Work:
     """The directory of one training, and the checkpoint that it goes on from (None: from the start)."""
@@ -42,6 +48,11 @@ class Work:
     @property
     def log(self) -> Path:
         return self.directory / "log.jsonl"
+
+    def join(self) -> None:
+        """In a process that follows: go on from where the first one does, which has prepared the directory by now."""
+        if not leads():
+            self.checkpoint = newest(self.directory)
 
     @property
     def wall(self) -> float:
@@ -94,6 +105,9 @@ def work_dir(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bo
     use, or that holds the checkpoint of another training.
     """
     directory = place(out)
+    if not leads():
+        yield Work(directory)
+        return
     make_parent(directory)
     directory.mkdir(exist_ok=True)
     with _locked(directory, out):
