@@ -13,10 +13,10 @@ from test_train_stage import write_rows
 from trainkit import sft_rows
 
 from paft.cli import invoke
-from paft.errors import MismatchError, UsageError
+from paft.errors import MismatchError, ResourceError, UsageError
 from paft.recipe import JointRecipe
 from paft.train import stage, work
-from paft.train.stage import train
+from paft.train.stage import plan, train
 
 SHORT = {"num_train_epochs": 1, "gradient_accumulation_steps": 1, "max_steps": 4, "save_steps": 1}
 
@@ -79,6 +79,30 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tiny_base: Pat
 def test_an_error_before_the_first_checkpoint_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
     broken(tiny_base, tmp_path / "out" / "a", trainer={"save_steps": 500})
     assert not list((tmp_path / "out").iterdir())
+
+
+FULL = [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] . pos 64 vs 0")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=type)
+def test_a_full_disk_is_told_and_half_a_checkpoint_gives_its_room_back(error: Exception, tiny_base: Path,
+                                                                        tmp_path: Path) -> None:
+    """The second is what torch.save says on a full tmpfs."""
+    made = broken(tiny_base, tmp_path / "a", step=2)
+    (tmp_path / "a.partial" / "checkpoint-3").mkdir()
+    begun = stage._begun(made, SFT_ROWS)
+    with (pytest.raises(ResourceError, match="disk full") as caught,
+          work.work_dir(tmp_path / "a", begun, resume=True, overwrite=False, quiet=True)):
+        (tmp_path / "a.partial" / "checkpoint-3").mkdir()
+        raise error
+    assert "--resume goes on from step 2" in str(caught.value.hint) and caught.value.exit_code == 5
+    assert {path.name for path in (tmp_path / "a.partial").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_plan_tells_of_an_unfinished_training(tiny_base: Path, tmp_path: Path) -> None:
+    made = broken(tiny_base, tmp_path / "a", data=write_rows(tmp_path / "rows.jsonl", sft_rows(8)))
+    assert plan(made, tmp_path / "a")["unfinished"] == 3
+    assert plan(made, tmp_path / "b")["unfinished"] is None
 
 
 def test_two_processes_do_not_train_into_one_place(tiny_base: Path, tmp_path: Path) -> None:

@@ -105,10 +105,12 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{count} {name}" for name, count in plan["rows"].items() if count)
     made = "model" if plan["recipe"]["full"] else "adapter"
+    left = f"  an unfinished one is there, at step {plan['unfinished']}: --resume finishes it"
     return [f"would {plan['command']} into {plan['out']}",
             f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
-            f"  about {options.size(plan['memory_bytes'])} of memory, before activations"]
+            f"  about {options.size(plan['memory_bytes'])} of memory, before activations",
+            *([left] if plan["unfinished"] else [])]
 
 
 def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:

@@ -31,8 +31,9 @@ Rows = dict[str, list[Row]]
 
 
 def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """What ``train`` would do, after every check that needs no model in memory."""
+    """What ``train`` would do, after every check that needs no model in memory; ``unfinished`` is the step of a killed one."""
     check_target(out, overwrite=overwrite)
+    left = work.newest(work.place(out))
     check_trainer(recipe)
     rows = _load(recipe)
     check_evaluation(recipe, rows)
@@ -47,7 +48,8 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
-    return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
+    return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
+            "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
             "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter, "recipe": recipe.model_dump()}
 

@@ -11,9 +11,11 @@ they only say where things lie.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paft.errors import MismatchError
+from paft.errors import MismatchError, ResourceError
 from paft.progress import say
 from paft.provenance import make_parent, read_manifest, versions
 
@@ -119,11 +121,23 @@ def work_dir(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bo
             checkpoint = newest(directory)
             if checkpoint is None:
                 shutil.rmtree(directory, ignore_errors=True)
-            elif isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"interrupted; {directory} keeps step {step_of(checkpoint)}",
-                                        "the same command with --resume goes on from there") from None
+            _explain(error, directory, checkpoint)
             raise
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _explain(error: BaseException, directory: Path, checkpoint: Path | None) -> None:
+    """Say of an interrupt and of a full disk what is left, and how to go on."""
+    if checkpoint is not None and isinstance(error, KeyboardInterrupt):
+        raise KeyboardInterrupt(f"interrupted; {directory} keeps step {step_of(checkpoint)}",
+                                "the same command with --resume goes on from there") from None
+    # PyTorch's writer of archives knows no errno; its message names the file of its source.
+    if getattr(error, "errno", None) == errno.ENOSPC or re.search("inline_container|No space left", str(error)):
+        for path in directory.glob("checkpoint-*"):
+            if not whole(path):
+                shutil.rmtree(path, ignore_errors=True)
+        kept = f"the same command with --resume goes on from step {step_of(checkpoint)}" if checkpoint else "nothing was kept"
+        raise ResourceError(f"disk full while training in {directory}", hint=f"free some space; {kept}") from error
 
 
 @contextmanager
