@@ -95,6 +95,8 @@ def test_a_bad_setting_is_told_with_its_line(world: World, capsys: Capture, old:
 
 def test_a_bad_flag_is_blamed_itself(world: World, capsys: Capture) -> None:
     arguments = [*recipe(world, OURS), "-p", "density={layers: 7, value: 0.5}"]
+    assert_one_error(capsys, invoke(arguments), 2, "-p density={layers: 7, value: 0.5}: layers 7")
+    arguments = [*recipe(world, OURS), "--set", "parameters.density={layers: 7, value: 0.5}"]
     assert_one_error(capsys, invoke(arguments), 2, "--set parameters.density={layers: 7, value: 0.5}: layers 7")
 
 

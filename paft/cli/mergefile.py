@@ -24,6 +24,8 @@ def read_recipe(
         document, notes = read(document, engine=flags.get("engine") or "paft")
     _give_way(document, parameters, flags)
     amend(MergeRecipe, document, (*sets, *(f"parameters.{item}" for item in parameters)), flags)
+    short = {f"--set parameters.{item}": f"-p {item}" for item in parameters}
+    document.lines.update({loc: short[line] for loc, line in document.lines.items() if line in short})  # as it was typed
     return validate(MergeRecipe, document.data, document), document, notes
 
 
