@@ -63,6 +63,13 @@ def damaged_values(adapter: Path, base: Path) -> None:
     save_file(tensors, base / SINGLE)
 
 
+def large_norm(adapter: Path, base: Path) -> None:
+    """Finite in float32, in a tensor that no adapter touches."""
+    tensors = load_file(base / SINGLE)
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, base / SINGLE)
+
+
 NOTHING = lambda adapter, base: None  # noqa: E731
 
 BAD: dict[str, tuple[Callable[[Path, Path], None], dict[str, Any], type[PaftError], str]] = {
@@ -74,6 +81,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], None], dict[str, Any], type[PaftErro
     "two-bases": (other_base, {}, MismatchError, "different bases"),
     "base-inf": (damaged_values, {}, MismatchError, r"the base's model\.layers\.1\.mlp\.up_proj\.weight holds NaN or inf"),
     "overflow": (NOTHING, {"dtype": "float16", "parameters": {"lambda": 1e7}}, MismatchError, "does not fit into float16"),
+    "untouched": (large_norm, {"dtype": "float16"}, MismatchError, r"the base's model\.norm\.weight does not fit into float16"),
     "method": (NOTHING, {"method": "tise"}, UsageError, "no merge method"),
     "parameter": (NOTHING, {"parameters": {"densty": 0.5}}, UsageError, "no parameter 'densty'"),
     "density": (NOTHING, {"parameters": {"density": 2.0}}, UsageError, "density must be"),

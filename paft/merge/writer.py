@@ -248,7 +248,12 @@ def _header(file: Path, entries: list[Entry], dtype: torch.dtype | None) -> byte
 def _rounded(entry: Entry, read: Read, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     step = tile_rows(entry.columns, TILE_ELEMENTS)
     for start in range(0, entry.rows, step):
-        yield read(start, min(start + step, entry.rows)).to(dtype)
+        tile = read(start, min(start + step, entry.rows))
+        out = tile.to(dtype)
+        if not torch.equal(torch.isfinite(out), torch.isfinite(tile)):
+            raise MismatchError(f"the base's {entry.name} does not fit into {str(dtype).removeprefix('torch.')}",
+                                hint="leave out the dtype, or choose bfloat16")
+        yield out
 
 
 def _record_dtype(base: Checkpoint, out: Path, dtype: torch.dtype) -> None:
