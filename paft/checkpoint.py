@@ -156,8 +156,13 @@ def _header_item(item: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), begin, end
 
 
+def is_sharded(path: Path) -> bool:
+    """Are the weights those that an index names? A single file goes before it, as in transformers."""
+    return (path / INDEX).is_file() and not (path / SINGLE).is_file()
+
+
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    if not (path / INDEX).is_file():
+    if not is_sharded(path):
         if (path / SINGLE).is_file():
             return (path / SINGLE,)
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
@@ -180,7 +185,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _check_index(path: Path, entries: dict[str, Entry]) -> None:
-    if not (path / INDEX).is_file():
+    if not is_sharded(path):
         return
     for name, file in _weight_map(path).items():
         if name not in entries or entries[name].file.name != file:

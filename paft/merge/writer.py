@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, read_entries, read_header, read_json
+from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries, read_header, read_json
 from paft.delta import TILE_ELEMENTS, tile_rows
 from paft.errors import MismatchError
 from paft.provenance import tree_hash
@@ -207,7 +207,7 @@ def write_companions(base: Checkpoint, out: Path, dtype: torch.dtype | None) -> 
         hidden = source.name.startswith(".") or source.name in _OWN or source.name.endswith(_WEIGHTS)
         if source.is_file() and not hidden:
             shutil.copyfile(source, out / source.name)
-    if (base.path / INDEX).is_file():
+    if is_sharded(base.path):
         shutil.copyfile(base.path / INDEX, out / INDEX)
     if dtype is not None and not all(_stays(entry, dtype) for entry in base.entries.values()):
         _record_dtype(base, out, dtype)
