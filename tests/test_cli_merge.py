@@ -119,6 +119,16 @@ def test_the_plan_shows_what_varies_in_eighty_columns(world: World, capsys: Capt
     assert lines[1].endswith("0.123")
 
 
+def test_the_result_of_many_adapters_fits_eighty_columns(world: World, capsys: Capture, make_adapter: AdapterFactory) -> None:
+    names = [f"llama-8b-instruct-sft-{i}" for i in range(5)]
+    for seed, name in enumerate(names):
+        make_adapter(world.base, seed + 10).rename(world.folder / name)
+    assert invoke(["merge", *(str(world.folder / name) for name in names), "-o", str(world.out), "-q"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(world.out) not in line]
+    assert all(len(line) < 80 for line in lines)
+    assert all(f"{name} 100%" in " ".join(line.strip() for line in lines) for name in names)
+
+
 def test_a_recipe_may_choose_its_engine(world: World, capsys: Capture) -> None:
     arguments = recipe(world, "kind: merge\nengine: mergekit\nmethod: passthrough\nadapters: [@one]\n")
     assert plan(arguments, capsys)["engine"] == "mergekit"
