@@ -96,7 +96,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
         from paft.merge.mergekit import engine as backend
 
         for key, value, only in (("dialect", recipe.dialect, "mergekit"), ("rounding", recipe.rounding, "nearest"),
-                                 ("output-kind", given["output_kind"], "full")):
+                                 ("device", given["device"], "cpu"), ("output-kind", given["output_kind"], "full")):
             if value != only:
                 raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
         if given["rank"] is not None or given["max_error"] is not None:
