@@ -68,7 +68,7 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _replace(scratch, target)
     except OSError as error:
         if error.errno in _FULL:
-            raise ResourceError(f"{_FULL[error.errno]} while writing {given}", hint="free some space; nothing was kept") from error
+            raise ResourceError(f"{_FULL[error.errno]} while writing {given}", hint="make room; nothing was kept") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

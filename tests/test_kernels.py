@@ -128,7 +128,7 @@ def test_overflow_is_seen(dtype: torch.dtype, tmp_path: Path) -> None:
     delta = torch.zeros(ROWS, COLUMNS)
     delta[77, 1050] = torch.finfo(dtype).max
     file = stored(base(dtype), tmp_path)
-    with pytest.raises(MismatchError, match="^w does not fit into (bfloat16|float32) after merging"):
+    with pytest.raises(MismatchError, match=r"^w does not fit into (bfloat16|float32) after merging"):
         run([DenseTensor(delta)], Plan([keep], WeightedSum((3.0,))), base(dtype), file=file)
 
 
