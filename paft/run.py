@@ -62,7 +62,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     """
     check(recipe)
     if not resume:
-        provenance.check_target(out, overwrite=overwrite)
+        provenance.check_target(out, overwrite=overwrite, in_place=True)
     job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe))
     started = time.monotonic()
     _read_data(job)
