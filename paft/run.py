@@ -24,7 +24,7 @@ from paft.merge.engine import merge
 from paft.models import device, free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import run_graph
 from paft.progress import Progress, say
-from paft.recipe import RunRecipe
+from paft.recipe import RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
@@ -205,7 +205,7 @@ def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
     store = job.out / "scores.json"
     cache = json.loads(store.read_text()) if store.is_file() else {}
     beta, pref = recipe.defaults.dpo.beta, recipe.data.pref
-    source = pref if isinstance(pref, str) else getattr(pref, said.split) or pref.train
+    source = (getattr(pref, said.split) or pref.train) if isinstance(pref, Splits) else pref
     context = [said.model_dump(), beta, job.base_hash, *map(data.content_hash, vars(held).values())]
     keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
     if not cache.keys() >= set(keys.values()):
