@@ -183,6 +183,8 @@ class RunRecipe(Strict):
     train: dict[str, RunTrain]
     merge: dict[str, RunMerge] = {}
     merge_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    chat_template: str | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
     evaluate: Evaluation = Evaluation()
 
 
@@ -253,7 +255,9 @@ def _blame(document: Document, path: tuple[str, ...], flag: str) -> None:
 def _explain(kind: type[Strict], error: ValidationError, document: Document) -> UsageError:
     """The first complaint in one line, a misspelt key before its absence; all missing keys at once."""
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first = errors[0]
+    # Of the members of a union each complains; the one that got deepest is the one that was meant.
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda each: (each["type"] == "extra_forbidden", len(each["loc"])))
     loc, _ = _walk(kind, first["loc"])
     path, where = ".".join(map(str, loc)), document.where(loc)
     if first["type"] == "extra_forbidden":

@@ -104,7 +104,9 @@ def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
 
 def _read_data(job: Run) -> None:
     spec = job.recipe.data
-    job.sft, job.pref = data.splits(spec.sft, "sft"), data.splits(spec.pref, "pref")
+    how = data.Reading(on_bad_row=job.recipe.on_bad_row, seed=job.recipe.seed,
+                       note=lambda line: say(f"note: {line}", quiet=job.quiet))
+    job.sft, job.pref = data.splits(spec.sft, "sft", how=how), data.splits(spec.pref, "pref", how=how)
     if spec.text:
         split = job.recipe.evaluate.split
         job.text = data.load_rows(spec.text, "text", split if spec.text.startswith("demo:") else None)
@@ -210,7 +212,7 @@ def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
     keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
     if not cache.keys() >= set(keys.values()):
         base = load_model(recipe.model)
-        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list))
+        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list), template=recipe.chat_template)
         score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, judge_of(source)).against(base)
         with Progress("evaluate", len(keys), quiet=job.quiet) as show:
             for done, (name, key) in enumerate(keys.items(), 1):

@@ -66,6 +66,7 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
     said = {key: value for key, value in (("l1", stage.l1), ("l2", stage.l2), ("lam", stage.lam)) if value is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
+    said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}
     said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
     return validate(type(base), base.model_dump() | said)
 

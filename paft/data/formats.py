@@ -32,6 +32,11 @@ from paft.errors import UsageError
 Role = Literal["sft", "pref", "unpaired", "scored", "text"]
 Layout = Callable[[Row], Iterator[Row]]
 _HH = re.compile(r"\n\n(Human|Assistant):")
+OFTEN = {
+    "prompt": "question instruction query input problem context", "completion": "answer response output solution target",
+    "chosen": "chosen_response preferred response_chosen better", "label": "score rating",
+    "rejected": "rejected_response dispreferred response_rejected worse", "text": "content body document",
+}
 TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -39,10 +44,9 @@ def layout(row: Row, role: Role, mapped: Mapping[str, str]) -> Layout:
     """The conversion that fits the columns of ``row`` (after mapping); UsageError that names what was found and what is known."""
     fits = [(columns, convert) for columns, convert in LAYOUTS[role].items() if set(columns.split()) <= row.keys()]
     if not fits:
-        known = ["+".join(columns.split()) for columns in LAYOUTS[role]]
+        known = ", ".join(f"`{columns.replace(' ', '+')}`" for columns in LAYOUTS[role])
         raise UsageError(f"it has columns {sorted(row)}, none of the layouts for {role}",
-                         hint=f"map columns (--columns prompt=question,{_answer(role)}=...); expected " +
-                              ", ".join(f"`{each}`" for each in known))
+                         hint=f"map them, for example --columns {_guess(row, role)}; expected {known}")
     return next((convert for columns, convert in fits if mapped.keys() & set(columns.split())), fits[0][1])
 
 
@@ -56,8 +60,11 @@ def rename(row: Row, columns: Mapping[str, str]) -> Row:
     return rest | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _answer(role: Role) -> str:
-    return {"sft": "completion", "pref": "chosen", "text": "text"}.get(role, "completion")
+def _guess(row: Row, role: Role) -> str:
+    """A mapping to try: the columns of the role's plain layout, by the names that people give them."""
+    wanted = {"sft": "prompt completion", "pref": "prompt chosen rejected", "text": "text"}.get(role, "prompt completion label")
+    return ",".join(f"{ours}={next((theirs for theirs in OFTEN[ours].split() if theirs in row), '...')}"
+                    for ours in wanted.split() if ours not in row)
 
 
 # SFT

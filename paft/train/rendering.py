@@ -138,6 +138,9 @@ def _traps(tokenizer: Any, rendered: list[list[Sequence]], first: Row, recipe: T
     if whole and not any(token in stops for each in whole for token, on in zip(each.ids, each.trained, strict=True) if on):
         yield (f"no answer ends in a token that stops generation ({', '.join(map(tokenizer.decode, sorted(stops)))}): the model "
                "will not learn to stop; correct the chat template")
+    tokens = [token for each in whole for token in each.ids]
+    if (unknown := tokens.count(tokenizer.unk_token_id)) > len(tokens) / 100:
+        yield f"{unknown / len(tokens):.0%} of the tokens are {tokenizer.unk_token}: this tokenizer does not know the words"
     bos = tokenizer.bos_token_id
     if bos is not None and any(each.ids[:2] == [bos, bos] for each in whole):
         yield f"sequences begin with {tokenizer.bos_token} twice: remove it from the rows or the template"
