@@ -46,12 +46,11 @@ class Place:
         """``org/name@rev#subset:split``; no part of a path that exists is taken for one of these."""
         if _expand(source).exists():
             return cls(source)
-        rest, _, split = source.partition(":")
-        named, _, subset = rest.partition("#")
-        if _expand(rest).exists():
-            named, subset = rest, ""
-        name, revision = split_revision(named)
-        return cls(name, revision, subset or None, split or None)
+        marks = [i for i, character in enumerate(source) if character in "#:"]
+        end = next((i for i in reversed(marks) if _expand(source[:i]).exists()), min(marks, default=len(source)))
+        named, _, split = source[end:].partition(":")
+        name, revision = split_revision(source[:end])
+        return cls(name, revision, named.removeprefix("#") or None, split or None)
 
     @property
     def path(self) -> Path:
@@ -121,7 +120,7 @@ def _open(file: Path) -> Iterator[Row]:
         raise UsageError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except PaftError:
         raise
-    except (OSError, EOFError, ValueError, csv.Error) as error:
+    except Exception as error:  # each reader and packer has its own
         raise UsageError(f"cannot read {file}: {(str(error).splitlines() or [''])[0]}") from error
 
 
