@@ -20,8 +20,8 @@ def sample_lines(found: dict[str, Any]) -> list[str]:
     for sample in found["samples"]:
         cut = f" (cut from {sample['length']})" if sample["length"] > sample["tokens"] else ""
         lines += [""] if lines else []
-        lines += [f"{sample['set']} row 1, {sample['part']}: {sample['tokens']} tokens{cut}, of which the loss counts "
-                  f"{sample['trained']}, marked >"]
+        lines += [f"{sample['set']} row 1, {sample['part']}: {sample['tokens']} tokens{cut}, the loss counts "
+                  f"{sample['trained']}: >"]
         for segment in sample["segments"]:
             on = segment["trained"]
             lines += [_styled(line, on) for line in _wrapped(segment["text"], "> " if on else "  ")]

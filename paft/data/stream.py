@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -42,12 +43,12 @@ def open_stream(source: Sources, role: Role, how: Reading, held: list[Row]) -> S
     keys = frozenset(_digest(row) for row in held)
     given = [{"source": part.source, "role": role, "columns": dict(part.columns or how.columns), "drop": how.on_bad_row == "drop",
               "rows": part.rows, "held": keys} for part in parts]
-    heads = [list(islice(_rows(**each), HEAD // len(parts))) for each in given]
+    heads = [[_decode(record) for record in islice(_records(**each), HEAD // len(parts))] for each in given]
     for part, head in zip(parts, heads, strict=True):
         if not head:
             raise UsageError(f"{part.source} holds no rows that can be used")
     one_form([(part.source, head) for part, head in zip(parts, heads, strict=True)])
-    sets = [IterableDataset.from_generator(_rows, gen_kwargs=each) for each in given]
+    sets = [IterableDataset.from_generator(_records, gen_kwargs=each) for each in given]
     if parts[0].weight is not None:
         weights = [float(part.weight or 0) for part in parts]
         joined = interleave_datasets(sets, probabilities=[weight / sum(weights) for weight in weights], seed=how.seed)
@@ -55,22 +56,30 @@ def open_stream(source: Sources, role: Role, how: Reading, held: list[Row]) -> S
         joined = concatenate_datasets(sets) if len(sets) > 1 else sets[0]
     first = [row for head in heads for row in head]
     how.note(f"the data are streamed: the first {len(first)} rows are checked now, the others as they are read")
-    return Stream(first, joined.shuffle(seed=how.seed, buffer_size=BUFFER))
+    shuffled = joined.shuffle(seed=how.seed, buffer_size=BUFFER)
+    return Stream(first, shuffled.map(_decode, remove_columns=["row", "fault"]))
 
 
-def _rows(source: str, role: Role, columns: dict[str, str], drop: bool, rows: int | None,
-          held: frozenset[bytes]) -> Iterator[Row]:
+def _records(source: str, role: Role, columns: dict[str, str], drop: bool, rows: int | None,
+             held: frozenset[bytes]) -> Iterator[dict[str, str]]:
+    """Rows as JSON, and faults as records too: `datasets` reads ahead in threads, where an error would be lost or told twice."""
     raw = islice(read(source, streaming=True), rows)
     for number, found in convert(raw, role, columns):
         if isinstance(found, PaftError):
             if not drop:
-                raise UsageError(f"{source}: row {number}: {found.message}",
-                                 hint="correct it, or leave such rows out with --drop-bad-rows")
+                yield {"row": "", "fault": f"{source}: row {number}: {found.message}"}
             continue
         for row in found:
-            if _digest(row) in held:
-                raise MismatchError(f"{source}: row {number} is in the evaluation data", hint="remove it from one of them")
-            yield row
+            leaks = _digest(row) in held
+            yield {"row": row_key(row), "fault": f"{source}: row {number} is in the evaluation data" if leaks else ""}
+
+
+def _decode(record: dict[str, str]) -> Row:
+    if record["fault"] and record["row"]:
+        raise MismatchError(record["fault"], hint="remove it from one of them")
+    if record["fault"]:
+        raise UsageError(record["fault"], hint="correct it, or leave such rows out with --drop-bad-rows")
+    return json.loads(record["row"])
 
 
 def _digest(row: Row) -> bytes:
