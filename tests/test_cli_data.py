@@ -134,6 +134,34 @@ def test_a_stream_trains(command: str, place: Place, capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
+def test_a_run_takes_mixtures_a_template_and_bad_rows(place: Place, capsys: Capture) -> None:
+    """Each stage trains and the evaluation scores with the run's template: the base has none."""
+    more = place.file([*chat_rows(120)[60:], {"messages": [user("a"), assistant(" ")]}], "more.jsonl")
+    pairs = place.file(pair_rows(80), "many.jsonl")
+    recipe = place.folder / "run.yaml"
+    stage = "lora: {r: 2, targets: [q_proj]}, trainer: {max_steps: 1}"
+    recipe.write_text(f"""
+kind: run
+name: small
+model: {place.plain}
+chat_template: alpaca
+on_bad_row: drop
+data:
+  sft: {{train: [{{source: {place.chat}, weight: 1}}, {{source: {more}, weight: 2}}]}}
+  pref: [{pairs}]
+defaults: {{sft: {{{stage}}}, dpo: {{{stage}}}}}
+train: {{sft: {{objective: sft}}, dpo: {{objective: dpo}}}}
+evaluate: {{rows: 2}}
+""")
+    assert invoke(["run", str(recipe), "-o", str(place.out), "--workers", "1"]) == 0
+    err = capsys.readouterr().err
+    assert "1 of 61 rows dropped" in err and "mixed 24 of 24 rows" in err
+    assert (place.out / "adapters" / "dpo" / "chat_template.jinja").is_file()
+    recipe.write_text(recipe.read_text().replace("chat_template: alpaca\n", ""))
+    assert invoke(["run", str(recipe), "-o", str(place.folder / "other"), "-q"]) == 3
+    assert "has no chat template" in capsys.readouterr().err
+
+
 # Refusals
 
 
@@ -175,6 +203,7 @@ def mixed_forms(place: Place) -> list[str]:
     return place.sft("-d", str(place.chat), "-d", place.file([{"prompt": "a", "completion": "b"}]))
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # nor is a thread's traceback printed
 @pytest.mark.parametrize(
     ("spoil", "code", "said"),
     [

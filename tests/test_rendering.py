@@ -126,6 +126,7 @@ def test_rows_that_max_length_cuts_are_told_and_refused_when_all(tiny_base: Path
         "1 of 10 rows looked at are longer than max_length=61 and lose the end of the answer"]
     with pytest.raises(MismatchError, match="no row is left"):
         notes(tiny_base, [long, long], max_length=40)
+    assert notes(tiny_base, some, max_length=40, packing=True, packing_strategy="wrapped") == []
 
 
 def test_words_and_tokens_that_the_model_does_not_have(tiny_base: Path) -> None:

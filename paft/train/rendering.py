@@ -56,9 +56,15 @@ def render(tokenizer: Any, rows: list[Row], recipe: TrainRecipe) -> list[list[Se
             prepared = DPOTrainer._prepare_dataset(owner, plain, tokenizer, args, "train")
         else:
             prepared = SFTTrainer._prepare_dataset(owner, plain, tokenizer, args, False, None, "train")
-    limit = options.get("max_length", MAX_LENGTH)
+    limit = _limit(options)
     end = options.get("truncation_mode", DPOConfig.truncation_mode) == "keep_end"
     return [[_cut(sequence, limit, end) for sequence in _sequences(dict(row), pairs)] for row in prepared]
+
+
+def _limit(options: dict[str, Any]) -> int | None:
+    """Tokens that are kept of a row; packing other than ``bfd`` splits a long row and loses nothing."""
+    splits = options.get("packing") and options.get("packing_strategy", "bfd") != "bfd"
+    return None if splits else options.get("max_length", MAX_LENGTH)
 
 
 def _training_template(tokenizer: Any) -> str | None:
@@ -123,7 +129,7 @@ def _check_ids(tokenizer: Any, rendered: list[list[Sequence]], model: str) -> No
 
 
 def _traps(tokenizer: Any, rendered: list[list[Sequence]], first: Row, recipe: TrainRecipe, everything: bool) -> Iterator[str]:
-    limit, of = recipe.trainer.get("max_length", MAX_LENGTH), f"of {len(rendered)} rows looked at"
+    limit, of = _limit(recipe.trainer), f"of {len(rendered)} rows looked at"
     lost = sum(any(not any(each.trained) for each in row) for row in rendered)
     if lost == len(rendered) and everything:
         raise MismatchError(f"no row is left to train on: the prompt alone fills max_length={limit}",
