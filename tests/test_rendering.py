@@ -102,6 +102,9 @@ def test_a_template_without_eos_is_told_unless_the_model_stops_there(tiny_base: 
     please = load_tokenizer(str(base)).convert_tokens_to_ids("please")
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, please]}))
     assert notes(base, CHAT) == []
+    for config in ('{"eos_token_id": 5}', "{}"):  # the tokenizer's own eos counts whatever the model names
+        (base / "generation_config.json").write_text(config)
+        assert notes(base, sft_rows(3)) == []
 
 
 def test_a_doubled_and_a_missing_bos_are_told(tiny_base: Path) -> None:
