@@ -12,6 +12,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import resource
 import shutil
@@ -192,9 +193,21 @@ def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], see
     """
     manifest = {"schema": SCHEMA, "command": command, "recipe": recipe, "seed": seed, "versions": versions(),
                 "content_sha256": content_sha256 or content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return manifest
+
+
+def to_json(value: Any) -> str:
+    """JSON text with NaN and infinity as null (JSON has neither), keys in the order given."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
