@@ -24,7 +24,7 @@ from paft.merge.engine import merge
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus, run_graph
 from paft.progress import Progress, say
-from paft.recipe import RunRecipe
+from paft.recipe import RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
@@ -63,7 +63,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     """
     check(recipe)
     if not resume:
-        provenance.check_target(out, overwrite=overwrite)
+        provenance.check_target(out, overwrite=overwrite, in_place=True)
     job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe), resume=resume)
     started = time.monotonic()
     _read_data(job)
@@ -105,7 +105,9 @@ def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
 
 def _read_data(job: Run) -> None:
     spec = job.recipe.data
-    job.sft, job.pref = data.splits(spec.sft, "sft"), data.splits(spec.pref, "pref")
+    how = data.Reading(on_bad_row=job.recipe.on_bad_row, seed=job.recipe.seed,
+                       note=lambda line: say(f"note: {line}", quiet=job.quiet))
+    job.sft, job.pref = data.splits(spec.sft, "sft", how=how), data.splits(spec.pref, "pref", how=how)
     if spec.text:
         split = job.recipe.evaluate.split
         job.text = data.load_rows(spec.text, "text", split if spec.text.startswith("demo:") else None)
@@ -207,12 +209,12 @@ def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
     store = job.out / "scores.json"
     cache = json.loads(store.read_text()) if store.is_file() else {}
     beta, pref = recipe.defaults.dpo.beta, recipe.data.pref
-    source = pref if isinstance(pref, str) else getattr(pref, said.split) or pref.train
+    source = (getattr(pref, said.split) or pref.train) if isinstance(pref, Splits) else pref
     context = [said.model_dump(), beta, job.base_hash, *map(data.content_hash, vars(held).values())]
     keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
     if not cache.keys() >= set(keys.values()):
         base = load_model(recipe.model)
-        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list))
+        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list), template=recipe.chat_template)
         score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, judge_of(source)).against(base)
         with Progress("evaluate", len(keys), quiet=job.quiet) as show:
             for done, (name, key) in enumerate(keys.items(), 1):

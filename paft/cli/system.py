@@ -51,7 +51,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
 
     if dry_run:
         if not resume:
-            check_target(target, overwrite=overwrite)
+            check_target(target, overwrite=overwrite, in_place=True)
         plan = pipeline.plan(resolved, target)
         options.show(plan, _plan_lines(plan), as_json=as_json)
         return

@@ -41,6 +41,8 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
             save_model(trainer, resolve_base(str(recipe.model)), directory)
         else:
             save(trainer, recipe, on, directory)
+            if recipe.chat_template:  # the base's own tokenizer would render messages in another way, or not at all
+                trainer.processing_class.save_pretrained(directory)
         shutil.copyfile(running.log, directory / running.log.name)
         if (running.directory / "runs").is_dir():  # TensorBoard's
             shutil.copytree(running.directory / "runs", directory / "runs")

@@ -12,36 +12,36 @@ from typing import Any
 
 from paft.adapter import Adapter, check_low_rank, read_adapter
 from paft.checkpoint import Checkpoint
-from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
+from paft.data import Row, content_hash
 from paft.errors import MismatchError, ResourceError, UsageError
-from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
+from paft.models import linear_names, load_model, parameters, resolve_base, skeleton
 from paft.placement import place
 from paft.progress import say
 from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.tokens import boundary_moves
 from paft.train import artefact, work
 from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_packing
 from paft.train.dense import Start
+from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.l1 import lora_factors, nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
+from paft.train.rendering import template_errors
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
 Rows = dict[str, list[Row]]
 
 
-def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """What ``train`` would do, after every check that needs no model in memory; ``unfinished`` is the step of a killed one."""
     check_target(out, overwrite=overwrite)
     left = work.newest(work.place(out))
     check_trainer(recipe)
-    rows = _load(recipe)
+    rows = load(recipe, quiet)
     check_evaluation(recipe, rows)
-    model = _require(recipe.model, "--model")
-    base = resolve_base(model)
+    base = resolve_base(require(recipe.model, "--model"))
     _start(recipe)
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
-    load_tokenizer(model, chat=_is_chat(rows))
+    tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
     width = 0.6 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]  # bytes a parameter of the frozen base
     size = sum(file.stat().st_size for file in tensor_files(base))
@@ -112,19 +112,19 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         check_target(out, overwrite=overwrite)
     check_trainer(recipe)
     on = _start(recipe)
-    rows = _load(recipe) if rows is None else rows
+    rows = load(recipe, quiet) if rows is None else rows
     check_evaluation(recipe, rows)
-    base = resolve_base(_require(recipe.model, "--model"))
+    base = resolve_base(require(recipe.model, "--model"))
     begun = _begun(recipe, rows)
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)
         return manifest
     check_target(out, overwrite=overwrite)
     with work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running:
-        trainer = _build(fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet), rows, str(running.directory))
+        trainer = _build(fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet), rows, str(running.directory), quiet)
         note_packing(recipe, quiet=quiet)
-        _note_boundary(trainer.processing_class, rows, quiet)
-        _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
+        note_boundary(trainer.processing_class, rows, quiet)
+        count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
         _run(trainer, label or out.name, running, quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics}
@@ -135,31 +135,6 @@ def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
     """What a training is, before its first step: `paft.json` repeats it, and a resumed training must have it in common."""
     return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": artefact.base(recipe),
             "inputs": {name: content_hash(found) for name, found in rows.items() if found}}
-
-
-def _require(value: str | None, flag: str) -> str:
-    if not value:
-        raise UsageError(f"no {flag.lstrip('-').replace('-', ' ')} given", hint=f"pass {flag}, or set it in the recipe")
-    return value
-
-
-def _load(recipe: AnyRecipe) -> Rows:
-    """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
-    if isinstance(recipe, JointRecipe):
-        if recipe.eval_fraction:
-            raise UsageError("joint training holds no rows out, so eval_fraction has no use",
-                             hint="score the adapter with `paft eval`")
-        return {"sft": load_rows(_require(recipe.sft_data, "--sft-data"), "sft"),
-                "pref": load_rows(_require(recipe.pref_data, "--pref-data"), "pref")}
-    role = "pref" if isinstance(recipe, DpoRecipe) else "sft"
-    train = load_rows(_require(recipe.data, "--data"), role)
-    held: list[Row] = []
-    if recipe.eval_data:
-        held = load_rows(recipe.eval_data, role)
-        check_leakage({"training data": train, "evaluation data": held})
-    elif recipe.eval_fraction:
-        train, held = hold_out(train, recipe.eval_fraction)
-    return {"train": train, "eval": held}
 
 
 def _config_kind(recipe: AnyRecipe) -> Any:
@@ -174,20 +149,16 @@ def check_trainer(recipe: AnyRecipe) -> None:
     check_options(_config_kind(recipe), recipe.trainer)
 
 
-def _is_chat(rows: Rows) -> bool:
-    return any(isinstance(found[0].get("prompt"), list) for found in rows.values() if found)
-
-
-def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str, quiet: bool = False) -> Any:
     from transformers import set_seed
 
     from paft.train import dpo, joint, sft
 
     keep_reports_quiet(recipe.trainer.get("report_to"))
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
-    name = _require(recipe.model, "--model")
-    tokenizer = load_tokenizer(name, chat=_is_chat(rows))
-    with _usage(), _named_targets(recipe, _start_model(recipe)) as model:
+    name = require(recipe.model, "--model")
+    tokenizer = tokenizer_for(recipe, rows, quiet)
+    with _usage(), template_errors(), _named_targets(recipe, _start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
         build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
@@ -223,25 +194,6 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
         if not (still_early() and "install" in str(error)):  # a report, an optimiser or a kernel from another package
             raise
         raise ResourceError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
-
-
-def _note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
-    """Say once, in one line, what TRL would say in seven: the chat template renders a prompt differently before an answer."""
-    for found in rows.values():
-        answer = next((key for key in ("completion", "chosen") if found and key in found[0]), None)
-        if answer and boundary_moves(tokenizer, found[0], answer):
-            say("note: the last tokens of a prompt change when an answer follows (chat template); the answer is taken from there",
-                quiet=quiet)
-            return
-
-
-def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
-    """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
-    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
-    if not kept:
-        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
-    if kept < given and not getattr(trainer.args, "packing", False):
-        say(f"note: {given - kept} of {given} rows dropped: {why}", quiet=quiet)
 
 
 def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
@@ -284,6 +236,6 @@ def _start(recipe: AnyRecipe) -> Adapter | None:
     check_start(recipe)
     if recipe.on is None:
         return None
-    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(_require(recipe.model, "--model")))).adapter
+    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(require(recipe.model, "--model")))).adapter
     check_low_rank(on)
     return on
