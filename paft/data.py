@@ -1,8 +1,9 @@
-"""Data sets: read, checked and brought to one of three shapes before any model is loaded.
+"""Data sets: read, checked and brought to one of four shapes before any model is loaded.
 
-    sft   prompt, completion            (or ``text``, trained on whole)
-    pref  prompt, chosen, rejected
-    text  text
+    sft       prompt, completion            (or ``text``, trained on whole)
+    pref      prompt, chosen, rejected
+    unpaired  prompt, completion, label     (true: desirable; a pair gives one row of each kind)
+    text      text
 
 Prompts and answers are strings or lists of chat messages (TRL's standard and conversational formats). ``messages`` rows are
 unrolled: every assistant turn becomes a row whose prompt is all that came before, so only answers are trained on.
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Row = dict[str, Any]
-Role = Literal["sft", "pref", "text"]
+Role = Literal["sft", "pref", "unpaired", "text"]
 Split = Literal["train", "validation", "test"]
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -184,7 +185,7 @@ def _loader() -> Callable[..., Any]:
 def _normalise(rows: list[Row], role: Role, source: str) -> Iterator[Row]:
     if not rows:
         return
-    shape = {"sft": _sft_row, "pref": _pref_row, "text": _text_row}[role]
+    shape = {"sft": _sft_row, "pref": _pref_row, "unpaired": _unpaired_row, "text": _text_row}[role]
     for number, row in enumerate(rows, 1):
         try:
             yield from shape(row)
@@ -198,6 +199,7 @@ def _normalise(rows: list[Row], role: Role, source: str) -> Iterator[Row]:
 EXPECTED = {
     "sft": "`messages`, or `prompt` and `completion`, or `text`",
     "pref": "`prompt`, `chosen` and `rejected` (or `chosen` and `rejected` that begin with the same prompt)",
+    "unpaired": "`prompt`, `completion` and `label` (or pairs: `prompt`, `chosen` and `rejected`)",
     "text": "`text`",
 }
 
@@ -232,6 +234,19 @@ def _pref_row(row: Row) -> Iterator[Row]:
     if chosen == rejected:
         raise UsageError("chosen and rejected are identical", hint="drop such rows: they carry no preference")
     yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _unpaired_row(row: Row) -> Iterator[Row]:
+    if "chosen" in row:
+        for pair in _pref_row(row):
+            for key in ("chosen", "rejected"):
+                yield {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+        return
+    prompt, completion, label = row["prompt"], row["completion"], row["label"]
+    _check_answer(prompt, completion, "completion")
+    if label not in (True, False):
+        raise UsageError(f"`label` must be true or false, got {label!r}")
+    yield {"prompt": prompt, "completion": completion, "label": bool(label)}
 
 
 def _text_row(row: Row) -> Iterator[Row]:
@@ -281,6 +296,5 @@ def _plain(turns: list[Row]) -> list[Row]:
 def dataset(rows: list[Row]) -> Dataset:
     """Rows as a `datasets.Dataset`, in memory."""
     from datasets import Dataset, disable_progress_bars
-
     disable_progress_bars()
     return Dataset.from_list(rows)

@@ -58,13 +58,20 @@ class SftRecipe(TrainRecipe):
     eval_data: str | None = None
 
 
+BETAS = {"simpo": 2.0}  # SimPO's β scales a mean over tokens, the others' a sum: 0.1 would hardly train
+
+
 class DpoRecipe(TrainRecipe):
-    """DPO against the base with the adapter off; TRL's ``loss_type`` may be set under ``trainer``."""
+    """Preference training: ``loss`` is a name, names, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
+    is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
 
     kind: Literal["train-dpo"] = "train-dpo"
     data: str | None = None
     eval_data: str | None = None
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    loss: str | list[str] | dict[str, Coefficient] = "sigmoid"
+    reference: str | None = None
+    reference_sft: dict[str, Any] = {}
+    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(str(said.get("loss")), 0.1))
 
 
 class JointRecipe(TrainRecipe):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from paft.cli import options
+from paft.errors import UsageError
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
 
 MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`.")
@@ -17,6 +18,12 @@ L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
                     help="β of the DPO loss  [default: 0.1].")
+LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
+                    help="sigmoid (DPO), ipo, hinge, robust, apo_zero, ..., kto, orpo, simpo, or a sum: sigmoid=1,sft=0.2"
+                         "  [default: sigmoid].")
+REFERENCE = click.option("--reference", metavar="base|chosen-sft|PATH",
+                         help="What the loss compares with. base: the model that the policy starts from; chosen-sft: an SFT on"
+                              " the chosen answers, trained first; or an adapter on the same base, or a model  [default: base].")
 DATA = options.stack(
     click.option("-d", "--data", metavar="DATA", help="File, directory, hub id org/name[:split], or demo:sft / demo:pref."),
     click.option("--eval-data", metavar="DATA", help="Held-out rows; their loss never contains the penalty."),
@@ -44,16 +51,35 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@options.stack(MODEL, DATA, options.out_option, BETA, L1, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, LOSS, REFERENCE, BETA, L1, ON, LAST)
 def train_dpo(**given: Any) -> None:
-    """Train a DPO adapter; its reference is the base.
+    """Train a preference adapter, with DPO or another loss.
+
+    The policy starts from the base, as PAFT's does, or from --on.
 
     \b
     paft train-dpo --model demo --data demo:pref -o adapters/dpo
     paft train-dpo -m org/name -d pairs.jsonl --beta 0.1 --eval-fraction 0.1
     paft train-dpo -m org/name -d pairs.jsonl --on adapters/sft -o adapters/both
+    paft train-dpo -m org/name -d labels.jsonl --loss kto
+    paft train-dpo -m org/name -d pairs.jsonl --reference chosen-sft
     """
-    _train(DpoRecipe, "dpo", given)
+    loss = given["loss"] = _loss(given["loss"])
+    _train(DpoRecipe, loss if isinstance(loss, str) and loss != "sigmoid" else "dpo", given)
+
+
+def _loss(text: str | None) -> str | dict[str, float] | None:
+    """``ipo``, or ``sigmoid=1,sft=0.2`` as {name: weight}."""
+    if text is None or not set(text) & set("=,"):
+        return text
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, weight = item.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            raise UsageError(f"--loss {text!r}: {weight!r} is no weight", hint="for example --loss sigmoid=1,sft=0.2") from None
+    return weights
 
 
 @click.command("train-joint")
@@ -106,7 +132,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
 def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
-             "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
+             "eval_rewards/margins": "margin", "eval_kl": "KL", "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
     return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s", *textwrap.wrap(told, 79), f"next: {follow}"]

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from paft import hub
 from paft.adapter import CONFIG, WEIGHTS, Adapter, check_low_rank, concatenate, read_adapter, save_adapter
 from paft.card import adapter_card
 from paft.checkpoint import Checkpoint
-from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
+from paft.data import Role, Row, check_leakage, content_hash, hold_out, load_rows
 from paft.errors import MismatchError, UsageError
 from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
 from paft.placement import place
@@ -25,6 +26,7 @@ from paft.provenance import check_target, output_dir, tensor_files, write_manife
 from paft.provenance import content_hash as tensor_hash
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
+from paft.train import losses, reference
 from paft.train.l1 import nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
 
@@ -35,11 +37,13 @@ Rows = dict[str, list[Row]]
 def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """What ``train`` would do, after every check that needs no model in memory."""
     check_target(out, overwrite=overwrite)
+    check_trainer(recipe)
     rows = _load(recipe)
     model = _require(recipe.model, "--model")
     base = resolve_base(model)
     _start(recipe)
-    check_trainer(recipe)
+    if isinstance(recipe, DpoRecipe):
+        reference.check_files(recipe)
     load_tokenizer(model, chat=_is_chat(rows))
     adapter = _adapter_parameters(recipe, base)
     size = sum(file.stat().st_size for file in tensor_files(base))
@@ -93,11 +97,16 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base.
     """
     check_target(out, overwrite=overwrite)
+    check_trainer(recipe)
     on = _start(recipe)
     rows = _load(recipe) if rows is None else rows
     started = time.monotonic()
     with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
-        trainer = _build(recipe, rows, scratch)
+        inputs = {name: content_hash(found) for name, found in rows.items() if found}
+        again = partial(train, quiet=quiet)
+        held = reference.prepare(recipe, rows, directory, Path(scratch), again) if isinstance(recipe, DpoRecipe) else None
+        rows = _shaped(recipe, rows)
+        trainer = _build(recipe, rows, scratch, held, quiet)
         _note_boundary(trainer.processing_class, rows, quiet)
         _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
         _run(trainer, label or out.name, directory / "log.jsonl", quiet)
@@ -105,8 +114,8 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         _save(trainer, recipe, on, directory)
         manifest = write_manifest(
             directory, command=recipe.kind, recipe=recipe.model_dump(), seed=recipe.seed, base=_base(recipe),
-            inputs={name: content_hash(found) for name, found in rows.items() if found}, metrics=metrics,
-            wall_s=round(time.monotonic() - started, 2),
+            inputs=inputs, metrics=metrics, wall_s=round(time.monotonic() - started, 2),
+            reference=held.record if held else None,
         )
         card = adapter_card(out.name, base=recipe.model, recipe={"kind": recipe.kind, **recipe.model_dump(exclude_defaults=True)},
                             metrics=[metrics], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
@@ -128,7 +137,7 @@ def _load(recipe: AnyRecipe) -> Rows:
                              hint="score the adapter with `paft eval`")
         return {"sft": load_rows(_require(recipe.sft_data, "--sft-data"), "sft"),
                 "pref": load_rows(_require(recipe.pref_data, "--pref-data"), "pref")}
-    role = "pref" if isinstance(recipe, DpoRecipe) else "sft"
+    role = _role(recipe)
     train = load_rows(_require(recipe.data, "--data"), role)
     held: list[Row] = []
     if recipe.eval_data:
@@ -139,15 +148,31 @@ def _load(recipe: AnyRecipe) -> Rows:
     return {"train": train, "eval": held}
 
 
+def _role(recipe: AnyRecipe) -> Role:
+    if isinstance(recipe, DpoRecipe):
+        return "unpaired" if losses.family(recipe).labelled else "pref"
+    return "sft"
+
+
+def _shaped(recipe: AnyRecipe, rows: Rows) -> Rows:
+    """Rows that a run hands over are pairs, which a loss of labelled rows takes apart."""
+    return {name: losses.unpair(found) for name, found in rows.items()} if _role(recipe) == "unpaired" else rows
+
+
 def _config_kind(recipe: AnyRecipe) -> Any:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
+    if isinstance(recipe, DpoRecipe):
+        return losses.family(recipe).load()[1]
     return SFTConfig if isinstance(recipe, SftRecipe) else DPOConfig
 
 
 def check_trainer(recipe: AnyRecipe) -> None:
-    """UsageError for a ``trainer`` option that TRL does not have; loads no model."""
+    """UsageError for a loss, a reference or a ``trainer`` option that TRL does not have; loads no model."""
+    if isinstance(recipe, DpoRecipe):
+        losses.check(recipe)
+        reference.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
 
 
@@ -155,20 +180,20 @@ def _is_chat(rows: Rows) -> bool:
     return any(isinstance(found[0].get("prompt"), list) for found in rows.values() if found)
 
 
-def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool) -> Any:
     from transformers import set_seed
 
-    from paft.train import dpo, joint, sft
+    from paft.train import joint, preference, sft
 
-    check_trainer(recipe)
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
     name = _require(recipe.model, "--model")
     tokenizer = load_tokenizer(name, chat=_is_chat(rows))
     with _usage(), _named_targets(recipe, load_model(name, on=recipe.on)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
-        build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
-        return build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+        if isinstance(recipe, DpoRecipe):
+            return preference.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch, held, quiet=quiet)
+        return sft.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)
 
 
 @contextmanager
@@ -213,14 +238,16 @@ def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged training values and, with evaluation data, the held-out loss (never with the penalty in it)."""
-    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss")
+    """The last logged training values and, with evaluation data, all that TRL measures on them (never with the penalty)."""
+    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss",
+              "rewards/accuracies", "rewards/margins", "kl")
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:
         last.update({key: record[key] for key in wanted if key in record})
     if evaluate:
         held = trainer.evaluate()
-        last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
+        last.update({key: value for key, value in held.items() if key.startswith("eval_") and key not in speed})
     last["steps"] = trainer.state.global_step
     return {key: round(float(value), 6) for key, value in last.items() if math.isfinite(float(value))}
 
@@ -237,7 +264,7 @@ def _start(recipe: AnyRecipe) -> Adapter | None:
 def _save(trainer: Any, recipe: AnyRecipe, on: Adapter | None, directory: Path) -> None:
     # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
     with tempfile.TemporaryDirectory() as scratch:
-        trainer.model.save_pretrained(scratch, save_embedding_layers=False)
+        trainer.model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=["default"])
         _name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
         trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
         if on is None:

@@ -1,0 +1,191 @@
+"""π_ref of a preference loss: the start model with the adapter off, another adapter on the same base, or a second model.
+
+    base        the model that the policy starts from, adapter off (with --on: base and that adapter). No second model in memory
+    chosen-sft  base + an SFT on the chosen answers of the same data, trained first and kept in ``reference/`` of the output
+                (XRIGHT's, arXiv 2410.15483); costs one more training
+    an adapter  a path or hub id: laid beside the trained one on the same copy of the base; costs its factors' memory
+    a model     a path or hub id: a second model in memory, with the policy's vocabulary
+
+TRL computes log π_ref under an adapter called ``ref`` where a model has one, and makes one only as a copy of the trained
+adapter; others are laid in its place here. A reference has no dropout, and is never saved with the trained adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paft import hub, provenance
+from paft.adapter import CONFIG, concatenate, read_adapter, save_adapter
+from paft.checkpoint import Checkpoint
+from paft.data import Row, content_hash
+from paft.errors import MismatchError, NotFoundError, UsageError, did_you_mean
+from paft.models import load_tokenizer, resolve_base
+from paft.placement import place
+from paft.recipe import SftRecipe
+from paft.train import losses
+from paft.train.options import check_options
+
+if TYPE_CHECKING:
+    from paft.recipe import DpoRecipe
+
+BASE, CHOSEN = "base", "chosen-sft"
+FOLDER = "reference"
+Rows = dict[str, list[Row]]
+
+# What the SFT of `chosen-sft` takes over from the recipe's ``trainer``: how long, and what fits the device; not the rate.
+SHARED = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
+          "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "logging_steps", "bf16", "fp16",
+          "gradient_checkpointing", "gradient_checkpointing_kwargs", "optim")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What stands for π_ref: ``adapter`` (relative to the start model), ``model``, or neither; ``record`` is for the manifest."""
+
+    adapter: Path | None = None
+    model: str | None = None
+    record: dict[str, Any] = field(default_factory=lambda: {"name": BASE})
+
+
+def check(recipe: DpoRecipe) -> None:
+    """UsageError for a reference that the loss does not have, or settings of one that is not asked for; opens no file."""
+    if recipe.reference and not losses.family(recipe).reference:
+        raise UsageError(f"loss {recipe.loss} has no reference: --reference {recipe.reference} has no use", hint="leave it out")
+    if recipe.reference_sft and recipe.reference != CHOSEN:
+        raise UsageError(f"reference_sft has a use with reference: {CHOSEN} only", hint=f"--reference {CHOSEN}")
+    if recipe.reference == CHOSEN:
+        from trl.trainer.sft_config import SFTConfig
+
+        check_options(SFTConfig, chosen_sft(recipe).trainer)
+
+
+def check_files(recipe: DpoRecipe) -> None:
+    """Raises NotFoundError, MismatchError or UsageError for a named reference that does not fit the base or its vocabulary."""
+    name = _named(recipe)
+    if name is None:
+        return
+    directory = _directory(name)
+    base = resolve_base(str(recipe.model))
+    if _is_adapter(directory):
+        recorded = provenance.recorded_base(directory)
+        if recorded and recorded != (found := provenance.content_hash(base)):
+            raise MismatchError(
+                f"the reference {name} was trained on a base of content {recorded[:12]}, {base.name} has {found[:12]}",
+                hint="pass a reference on the same base, or fold it into its base and pass that model")
+        place(read_adapter(name), Checkpoint.open(base))
+        return
+    resolve_base(name)
+    _check_vocabulary(name, str(recipe.model))
+
+
+def prepare(recipe: DpoRecipe, rows: Rows, out: Path, scratch: Path, train: Callable[..., Any]) -> Reference:
+    """The recipe's reference; ``chosen-sft`` is trained first, under ``out``/reference, by ``train`` (`paft.train.stage.train`).
+
+    An adapter is a change of the base. With ``recipe.on`` the start model has another one folded in, so that what is laid on it
+    is their exact difference: ref - on, of rank r_ref + r_on.
+    """
+    check_files(recipe)
+    name = _named(recipe)
+    if recipe.reference == CHOSEN:
+        path = _trained(recipe, rows, out / FOLDER, train)
+        record = {"name": CHOSEN, "path": FOLDER, "content_sha256": provenance.content_hash(path)}
+    elif name is None:
+        return Reference()
+    else:
+        path = _directory(name)
+        record = {"name": name, "content_sha256": provenance.content_hash(path)}
+    if not _is_adapter(path):
+        return Reference(model=name, record=record)
+    if recipe.on:
+        config, tensors = concatenate([read_adapter(path), read_adapter(recipe.on)], [1.0, -1.0])
+        path = scratch / "difference"
+        path.mkdir()
+        save_adapter(path, config, tensors)
+    return Reference(adapter=path, record=record)
+
+
+def named_hash(recipe: DpoRecipe) -> str | None:
+    """The content of a reference that is named by path or hub id; None for one that follows from the recipe."""
+    name = _named(recipe)
+    return provenance.content_hash(_directory(name)) if name else None
+
+
+def chosen_sft(recipe: DpoRecipe) -> SftRecipe:
+    """The SFT of ``chosen-sft``: same base, LoRA, seed, length and batches; ``reference_sft`` are further SFTConfig fields."""
+    shared = {key: recipe.trainer[key] for key in SHARED if key in recipe.trainer}
+    return SftRecipe(model=recipe.model, on=recipe.on, lora=recipe.lora, seed=recipe.seed, trainer=shared | recipe.reference_sft)
+
+
+def chosen_rows(rows: list[Row]) -> list[Row]:
+    """The answers to learn from: chosen ones of pairs, desirable ones of labelled rows."""
+    return [{"prompt": row["prompt"], "completion": row.get("chosen", row.get("completion"))} for row in rows
+            if row.get("label", True)]
+
+
+def attach(trainer: Any, reference: Reference) -> None:
+    """Lay the reference adapter beside the trained one as ``ref``, frozen and without dropout."""
+    if reference.adapter is None:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from torch.nn import Identity
+
+    name = reference.record["name"]
+    try:
+        with warnings.catch_warnings():  # PEFT leaves what the file lacks at its random start, with a warning
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            trainer.model.load_adapter(str(reference.adapter), "ref")
+    except (RuntimeError, ValueError, OSError, UserWarning) as error:
+        raise MismatchError(f"the reference {name} does not fit this base: {str(error).splitlines()[0][:200]}") from error
+    if isinstance(trainer.model.get_output_embeddings(), BaseTunerLayer | ModulesToSaveWrapper):
+        raise MismatchError(f"the reference {name} changes lm_head, which TRL reads past the adapters",
+                            hint="fold it into its base and pass that model as --reference")
+    for module in trainer.model.modules():
+        if "ref" in getattr(module, "lora_dropout", ()):
+            module.lora_dropout["ref"] = Identity()
+
+
+def _named(recipe: DpoRecipe) -> str | None:
+    return None if recipe.reference in (None, BASE, CHOSEN) else recipe.reference
+
+
+def _directory(name: str) -> Path:
+    hint = did_you_mean(name, [BASE, CHOSEN])
+    if not Path(name).expanduser().exists() and hint.startswith("did you mean"):
+        raise UsageError(f"there is no reference {name!r}", hint=hint)
+    directory = hub.resolve(name, kind="reference", patterns=hub.MODEL_FILES)
+    if not any((directory / config).is_file() for config in (CONFIG, "config.json")):
+        raise NotFoundError(f"the reference {name} is neither an adapter nor a model",
+                            hint=f"it holds no {CONFIG} and no config.json")
+    return directory
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def _check_vocabulary(name: str, policy: str) -> None:
+    """The same token ids go into both models, so each must mean the same in both."""
+    theirs, ours = (load_tokenizer(one, chat=False).get_vocab() for one in (name, policy))
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != index:
+            found = f"id {theirs[token]}" if token in theirs else "not in it"
+            raise MismatchError(f"the reference {name} has another vocabulary: {token!r} is id {index} here, there {found}",
+                                hint="take a reference with the tokenizer of --model")
+
+
+def _trained(recipe: DpoRecipe, rows: Rows, target: Path, train: Callable[..., Any]) -> Path:
+    """The adapter of `chosen_sft`; one that stands there already, from the same recipe and rows, is kept."""
+    sft = chosen_sft(recipe)
+    answers = {name: chosen_rows(found) for name, found in rows.items()}
+    made = provenance.read_manifest(target)
+    same = made and made["recipe"] == json.loads(json.dumps(sft.model_dump())) and made["inputs"] == {
+        name: content_hash(found) for name, found in answers.items() if found}
+    if not (same and not provenance.verify(target)):
+        train(sft, target, rows=answers, overwrite=True, label=FOLDER)
+    return target
