@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from paft.errors import UsageError, did_you_mean
 from paft.yamlfile import Document, parse_scalar, read_yaml
@@ -61,17 +61,23 @@ class SftRecipe(TrainRecipe):
 BETAS = {"simpo": 2.0}  # SimPO's β scales a mean over tokens, the others' a sum: 0.1 would hardly train
 
 
+def _weighted(loss: Any) -> Any:
+    """``sigmoid`` and ``[sigmoid, sft]`` as {name: weight}, with weight 1; anything else as it is."""
+    names = [loss] if isinstance(loss, str) else loss
+    return dict.fromkeys(names, 1.0) if isinstance(names, list) and all(isinstance(name, str) for name in names) else loss
+
+
 class DpoRecipe(TrainRecipe):
-    """Preference training: ``loss`` is a name, names, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
+    """Preference training: ``loss`` is a name, a list, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
     is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
 
     kind: Literal["train-dpo"] = "train-dpo"
     data: str | None = None
     eval_data: str | None = None
-    loss: str | list[str] | dict[str, Coefficient] = "sigmoid"
+    loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
     reference: str | None = None
     reference_sft: dict[str, Any] = {}
-    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(str(said.get("loss")), 0.1))
+    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
 
 
 class JointRecipe(TrainRecipe):

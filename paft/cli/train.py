@@ -17,7 +17,7 @@ ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter 
 L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
-                    help="β of the DPO loss  [default: 0.1].")
+                    help="β of the preference loss  [default: 0.1; simpo 2.0].")
 LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
                     help="sigmoid (DPO), ipo, hinge, robust, apo_zero, ..., kto, orpo, simpo, or a sum: sigmoid=1,sft=0.2"
                          "  [default: sigmoid].")
@@ -126,7 +126,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     return [f"would {plan['command']} into {plan['out']}",
             f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
             f"  adapter about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
-            f"  about {options.size(plan['memory_bytes'])} of memory in float32, before activations"]
+            f"  about {options.size(plan['memory_bytes'])} of memory in float32, before activations",
+            *([f"  reference: {plan['reference']}"] if plan.get("reference") else [])]
 
 
 def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:

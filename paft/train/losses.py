@@ -62,7 +62,7 @@ def families() -> dict[str, Family]:
 
 def family(recipe: DpoRecipe) -> Family:
     """The family that computes all of the recipe's losses; UsageError for an unknown one and for a sum that no trainer has."""
-    names, known = list(weights(recipe)), families()
+    names, known = list(recipe.loss), families()
     if not names:
         raise UsageError("loss: names no loss", hint="leave it out for sigmoid, which is DPO")
     for name in names:
@@ -77,15 +77,9 @@ def _summable(known: dict[str, Family]) -> str:
     return "these can: " + ", ".join(name for name, found in known.items() if found.combines)
 
 
-def weights(recipe: DpoRecipe) -> dict[str, float]:
-    """Each loss of the recipe and its weight."""
-    loss = [recipe.loss] if isinstance(recipe.loss, str) else recipe.loss
-    return dict(loss) if isinstance(loss, dict) else dict.fromkeys(loss, 1.0)
-
-
 def options(recipe: DpoRecipe) -> Options:
     """The fields of TRL's config that say which loss it is; the recipe's ``trainer`` section comes after them."""
-    found, named = family(recipe), weights(recipe)
+    found, named = family(recipe), recipe.loss
     said: Options = {"beta": recipe.beta}
     for name in named:
         said |= _DEFAULTS.get(name, {})
@@ -102,7 +96,7 @@ def check(recipe: DpoRecipe) -> None:
     for key in ("loss_type", "loss_weights"):
         if key in recipe.trainer:
             raise UsageError(f"trainer.{key} is set by `loss`", hint="loss: ipo, or with weights loss: {sigmoid: 1, sft: 0.2}")
-    found.refuse(list(weights(recipe)), options(recipe) | recipe.trainer)
+    found.refuse(list(recipe.loss), options(recipe) | recipe.trainer)
 
 
 def unpair(rows: list[Row]) -> list[Row]:

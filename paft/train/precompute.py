@@ -24,6 +24,8 @@ def precompute(trainer: Any, asked: bool | None, *, quiet: bool = False) -> bool
     several). Here they become columns of the rows in memory, so that none is left over or stale. They are what the trainer's
     ``compute_ref_log_probs`` says, and differ from those of a step by the rounding of other padding.
     """
+    if asked not in (True, False, None):
+        raise UsageError(f"trainer.precompute_ref_log_probs must be true or false, got {asked!r}")
     obstacle = _obstacle(trainer)
     if asked and obstacle:
         raise UsageError(f"trainer.precompute_ref_log_probs is not possible {obstacle}", hint="leave it out")

@@ -24,7 +24,7 @@ from paft.adapter import CONFIG, concatenate, read_adapter, save_adapter
 from paft.checkpoint import Checkpoint
 from paft.data import Row, content_hash
 from paft.errors import MismatchError, NotFoundError, UsageError, did_you_mean
-from paft.models import load_tokenizer, resolve_base
+from paft.models import load_tokenizer, parameters, resolve_base
 from paft.placement import place
 from paft.recipe import SftRecipe
 from paft.train import losses
@@ -49,13 +49,18 @@ class Reference:
 
     adapter: Path | None = None
     model: str | None = None
-    record: dict[str, Any] = field(default_factory=lambda: {"name": BASE})
+    record: dict[str, Any] | None = field(default_factory=lambda: {"name": BASE})
+
+    def of(self, trainer: Any) -> dict[str, Any] | None:
+        """The record of a finished training; None for a loss without a reference."""
+        return self.record and self.record | {"precomputed": trainer.precompute_ref_logps}
 
 
 def check(recipe: DpoRecipe) -> None:
     """UsageError for a reference that the loss does not have, or settings of one that is not asked for; opens no file."""
     if recipe.reference and not losses.family(recipe).reference:
-        raise UsageError(f"loss {recipe.loss} has no reference: --reference {recipe.reference} has no use", hint="leave it out")
+        name = next(iter(recipe.loss))
+        raise UsageError(f"loss {name} has no reference: --reference {recipe.reference} has no use", hint="leave it out")
     if recipe.reference_sft and recipe.reference != CHOSEN:
         raise UsageError(f"reference_sft has a use with reference: {CHOSEN} only", hint=f"--reference {CHOSEN}")
     if recipe.reference == CHOSEN:
@@ -83,6 +88,21 @@ def check_files(recipe: DpoRecipe) -> None:
     _check_vocabulary(name, str(recipe.model))
 
 
+def foretell(recipe: DpoRecipe, out: Path) -> tuple[str | None, int]:
+    """(what π_ref will be, in words; bytes of memory that it adds), after `check_files`; None for a loss without one."""
+    check_files(recipe)
+    if not losses.family(recipe).reference:
+        return None, 0
+    name = _named(recipe)
+    if name is None:
+        first = f"an SFT on the chosen answers, trained first and kept in {out / FOLDER}"
+        return first if recipe.reference == CHOSEN else "the start model, adapter off", 0
+    directory = _directory(name)
+    if _is_adapter(directory):
+        return f"the adapter {name} on the same base", sum(file.stat().st_size for file in provenance.tensor_files(directory))
+    return f"the model {name}, a second one in memory", 4 * parameters(directory)
+
+
 def prepare(recipe: DpoRecipe, rows: Rows, out: Path, scratch: Path, train: Callable[..., Any]) -> Reference:
     """The recipe's reference; ``chosen-sft`` is trained first, under ``out``/reference, by ``train`` (`paft.train.stage.train`).
 
@@ -91,6 +111,8 @@ def prepare(recipe: DpoRecipe, rows: Rows, out: Path, scratch: Path, train: Call
     """
     check_files(recipe)
     name = _named(recipe)
+    if not losses.family(recipe).reference:
+        return Reference(record=None)
     if recipe.reference == CHOSEN:
         path = _trained(recipe, rows, out / FOLDER, train)
         record = {"name": CHOSEN, "path": FOLDER, "content_sha256": provenance.content_hash(path)}
@@ -129,7 +151,7 @@ def chosen_rows(rows: list[Row]) -> list[Row]:
 
 def attach(trainer: Any, reference: Reference) -> None:
     """Lay the reference adapter beside the trained one as ``ref``, frozen and without dropout."""
-    if reference.adapter is None:
+    if reference.adapter is None or reference.record is None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper

@@ -42,8 +42,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     model = _require(recipe.model, "--model")
     base = resolve_base(model)
     _start(recipe)
-    if isinstance(recipe, DpoRecipe):
-        reference.check_files(recipe)
+    held, more = reference.foretell(recipe, out) if isinstance(recipe, DpoRecipe) else (None, 0)
     load_tokenizer(model, chat=_is_chat(rows))
     adapter = _adapter_parameters(recipe, base)
     size = sum(file.stat().st_size for file in tensor_files(base))
@@ -52,7 +51,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, 
     steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
     return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "memory_bytes": 4 * parameters(base) + 16 * adapter, "recipe": recipe.model_dump()}
+            "reference": held, "memory_bytes": 4 * parameters(base) + 16 * adapter + more, "recipe": recipe.model_dump()}
 
 
 def _steps(args: Any, rows: int) -> int:
@@ -115,7 +114,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         manifest = write_manifest(
             directory, command=recipe.kind, recipe=recipe.model_dump(), seed=recipe.seed, base=_base(recipe),
             inputs=inputs, metrics=metrics, wall_s=round(time.monotonic() - started, 2),
-            reference=held.record if held else None,
+            reference=held.of(trainer) if held else None,
         )
         card = adapter_card(out.name, base=recipe.model, recipe={"kind": recipe.kind, **recipe.model_dump(exclude_defaults=True)},
                             metrics=[metrics], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
