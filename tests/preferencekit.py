@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from paft.train.reference import Reference
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate": 0.5, "max_grad_norm": 0.0,
        "logging_steps": 1, "per_device_train_batch_size": 4}
 LORA = {"r": 3, "alpha": 6}
+
+gc.freeze()  # every `Trainer.train` collects garbage, and half of a tiny training went into looking at the libraries' objects
 
 
 def recipe_of(base: Path, loss: Any, **fields: Any) -> DpoRecipe:
