@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
 from trainkit import distance, factors, identical, parts, pref_rows, saved
 from transformers import AutoModelForCausalLM
+from variantkit import make, wrapped
 
 from paft.models import load_model, load_tokenizer
 from paft.provenance import content_hash, read_manifest
 from paft.recipe import SftRecipe
 from paft.train import stage
-from paft.train.reference import Reference
+from paft.train.reference import Reference, check_files, prepare
 from paft.train.stage import train
 
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "warmup_steps": 0, "learning_rate": 1e-2}
@@ -87,6 +88,24 @@ def folded(tiny_base: Path, make_adapter: AdapterFactory,
     yield adapter, model
 
 
+@pytest.mark.parametrize("options", [
+    {"use_dora": True}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [7, 9]}, {"use_rslora": True},
+    {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+def test_every_kind_of_adapter_is_as_a_reference_what_it_is_in_peft(options: dict[str, Any], tiny_base: Path,
+                                                                    tmp_path: Path) -> None:
+    adapter = make(tiny_base, tmp_path / "adapter", **options)
+    wrapped(tiny_base, adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    load_tokenizer(str(tiny_base)).save_pretrained(tmp_path / "merged")
+    check_files(recipe_of(tiny_base, "ipo", reference=str(adapter)))
+    second = Reference(model=str(tmp_path / "merged"), record={"name": "merged"})
+    laid, merged, none = (
+        torch.tensor(ours(tiny_base, tmp_path, "ipo", reference=reference,
+                          trainer={"precompute_ref_log_probs": True}).train_dataset["ref_chosen_logps"])
+        for reference in (laid_on(adapter), second, None))
+    torch.testing.assert_close(laid, merged, rtol=1e-5, atol=1e-5)
+    assert (laid - none).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("loss", ["ipo", "kto"])
 def test_a_model_as_reference_is_the_adapter_that_is_folded_into_it(loss: str, tiny_base: Path, folded: tuple[Path, Path],
                                                                     tmp_path: Path) -> None:
@@ -126,8 +145,6 @@ def test_chosen_sft_of_labelled_rows_learns_the_desirable_ones(tiny_base: Path, 
 
 def test_a_chosen_sft_that_stands_there_is_kept(tiny_base: Path, tmp_path: Path) -> None:
     """What a killed run left is used again, unless the recipe or the rows are others."""
-    from paft.train.reference import prepare
-
     def made(**fields: Any) -> int:
         recipe = recipe_of(tiny_base, "ipo", reference="chosen-sft", trainer=STEPS, **fields)
         prepare(recipe, ROWS, tmp_path, tmp_path, stage.train)
@@ -155,7 +172,8 @@ def test_on_top_of_an_adapter_the_reference_is_still_one_of_the_base(tiny_base: 
 def test_only_the_trained_adapter_is_saved(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path) -> None:
     other = make_adapter(tiny_base, seed=1, target_modules=["q_proj", "o_proj"], r=5)
     train(recipe_of(tiny_base, "ipo", reference=str(other), trainer=STEPS), tmp_path / "a", rows=ROWS, quiet=True)
-    train(recipe_of(tiny_base, "ipo", trainer=STEPS), tmp_path / "b", rows=ROWS, quiet=True)
+    itself = recipe_of(tiny_base, "ipo", reference=str(tiny_base), trainer=STEPS)
+    assert train(itself, tmp_path / "b", rows=ROWS, quiet=True)["reference"]["name"] == "base"  # no second copy in memory
     one, two = saved(tmp_path / "a"), saved(tmp_path / "b")
     assert one.keys() == two.keys() and all(one[name].shape == two[name].shape for name in one)
     PeftModel.from_pretrained(parts(tiny_base)[0], tmp_path / "a")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft import hub, provenance
-from paft.adapter import CONFIG, concatenate, read_adapter, save_adapter
+from paft.adapter import CONFIG, check_low_rank, concatenate, read_adapter, save_adapter
 from paft.checkpoint import Checkpoint
 from paft.data import Row, content_hash
 from paft.errors import MismatchError, NotFoundError, UsageError, did_you_mean
@@ -82,7 +82,13 @@ def check_files(recipe: DpoRecipe) -> None:
             raise MismatchError(
                 f"the reference {name} was trained on a base of content {recorded[:12]}, {base.name} has {found[:12]}",
                 hint="pass a reference on the same base, or fold it into its base and pass that model")
-        place(read_adapter(name), Checkpoint.open(base))
+        adapter = read_adapter(name)
+        place(adapter, Checkpoint.open(base))
+        if recipe.on:
+            check_low_rank(adapter)
+        if adapter.config.get("bias", "none") != "none":
+            raise MismatchError(f"the reference {name} brings biases, which PEFT would put in place of the policy's too",
+                                hint="fold it into its base and pass that model as --reference")
         return
     resolve_base(name)
     _check_vocabulary(name, str(recipe.model))
@@ -173,7 +179,11 @@ def attach(trainer: Any, reference: Reference) -> None:
 
 
 def _named(recipe: DpoRecipe) -> str | None:
-    return None if recipe.reference in (None, BASE, CHOSEN) else recipe.reference
+    """The reference where it is named by path or hub id, and is not the start model itself."""
+    if recipe.reference in (None, BASE, CHOSEN):
+        return None
+    start = None if recipe.on else resolve_base(str(recipe.model)).resolve()
+    return None if _directory(recipe.reference).resolve() == start else recipe.reference
 
 
 def _directory(name: str) -> Path:
