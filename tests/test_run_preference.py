@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from conftest import AdapterFactory
 from datakit import chat_rows, pair_rows, write_jsonl
 
-from paft.cli import invoke
 from paft.errors import UsageError
-from paft.provenance import content_hash, read_manifest
+from paft.provenance import content_hash
 from paft.recipe import RunRecipe, validate
-from paft.run import check
+from paft.run import Run, _read_data, _train_one, check, plan
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
 
@@ -26,23 +24,26 @@ def pipeline(folder: Path, base: Path, **dpo: Any) -> dict[str, Any]:
             "defaults": {"dpo": {"lora": lora, "trainer": STEPS, **dpo}}}
 
 
-def test_loss_and_reference_make_the_stage_again(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path) -> None:
+def test_loss_and_reference_are_part_of_what_makes_a_stage_done(tiny_base: Path, make_adapter: AdapterFactory,
+                                                                 tmp_path: Path) -> None:
     write_jsonl(tmp_path / "chat.jsonl", chat_rows(80))
     write_jsonl(tmp_path / "pairs.jsonl", pair_rows(80))
-    other, out = make_adapter(tiny_base, seed=1), tmp_path / "out"
+    other = make_adapter(tiny_base, seed=1)
 
-    def made(**dpo: Any) -> int:
-        (tmp_path / "p.yaml").write_text(yaml.safe_dump(pipeline(tmp_path, tiny_base, **dpo)))
-        assert invoke(["run", str(tmp_path / "p.yaml"), "-o", str(out), "--workers", "1", "--resume", "-q"]) == 0
-        return (out / "adapters" / "dpo" / "paft.json").stat().st_mtime_ns
+    def recipe(**dpo: Any) -> RunRecipe:
+        return validate(RunRecipe, pipeline(tmp_path, tiny_base, **dpo))
 
-    times = [made(), made(loss="ipo"), made(loss="kto"), made(loss="kto", reference=str(other))]
-    assert len(set(times)) == 4
-    assert made(loss="kto", reference=str(other)) == times[-1]
-    manifest = read_manifest(out / "adapters" / "dpo")
-    assert manifest and manifest["reference"]["content_sha256"] == content_hash(other)
+    def done(**dpo: Any) -> bool:
+        return plan(recipe(**dpo), tmp_path / "out")["train"][0]["done"]
+
+    job = Run(recipe(loss="kto", reference=str(other)), tmp_path / "out", quiet=True)
+    _read_data(job)
+    manifest = _train_one(job, "dpo")
+    assert manifest["reference"]["content_sha256"] == content_hash(other)
+    assert done(loss="kto", reference=str(other))
+    assert not any((done(loss="kto"), done(loss="ipo", reference=str(other)), done(loss="apo_zero_unpaired", reference=str(other))))
     (make_adapter(tiny_base, seed=2) / "adapter_model.safetensors").replace(other / "adapter_model.safetensors")
-    assert made(loss="kto", reference=str(other)) not in times
+    assert not done(loss="kto", reference=str(other))
 
 
 @pytest.mark.parametrize(("dpo", "said"), [({"loss": "sigmod"}, "train.dpo: there is no loss"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,17 @@ def test_streamed_rows_keep_the_pass_in_each_step(tiny_base: Path, tmp_path: Pat
     assert precompute(trainer, None) is False and not trainer.precompute_ref_logps
     with pytest.raises(UsageError, match="not possible for streamed rows"):
         precompute(trainer, True)
+
+
+def test_the_dropout_of_the_base_is_off(tiny_base: Path, tmp_path: Path) -> None:
+    dropping = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((dropping / "config.json").read_text())
+    (dropping / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    still, shaken = (ours(dropping, tmp_path, "ipo", trainer={"max_steps": 1, "disable_dropout": False}) for _ in range(2))
+    shaken.model.train()
+    for trainer in (still, shaken):
+        precompute(trainer, True, quiet=True)
+    assert still.train_dataset["ref_chosen_logps"] == shaken.train_dataset["ref_chosen_logps"]
 
 
 def test_the_option_is_true_or_false(tiny_base: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from variantkit import make, wrapped
 from paft.models import load_model, load_tokenizer
 from paft.provenance import content_hash, read_manifest
 from paft.recipe import SftRecipe
-from paft.train import stage
+from paft.train import losses, stage
 from paft.train.reference import Reference, check_files, prepare
 from paft.train.stage import train
 
@@ -138,7 +138,8 @@ def test_chosen_sft_is_two_runs_by_hand(tiny_base: Path, tmp_path: Path) -> None
 
 
 def test_chosen_sft_of_labelled_rows_learns_the_desirable_ones(tiny_base: Path, tmp_path: Path) -> None:
-    train(recipe_of(tiny_base, "kto", reference="chosen-sft", trainer=STEPS), tmp_path / "kto", rows=ROWS, quiet=True)
+    labelled = {name: losses.unpair(rows) for name, rows in ROWS.items()}
+    train(recipe_of(tiny_base, "kto", reference="chosen-sft", trainer=STEPS), tmp_path / "kto", rows=labelled, quiet=True)
     train(recipe_of(tiny_base, "ipo", reference="chosen-sft", trainer=STEPS), tmp_path / "ipo", rows=ROWS, quiet=True)
     assert identical(saved(tmp_path / "kto" / "reference"), saved(tmp_path / "ipo" / "reference"))
 

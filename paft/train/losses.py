@@ -70,6 +70,8 @@ def family(recipe: DpoRecipe) -> Family:
             raise UsageError(f"there is no loss {name!r}", hint=did_you_mean(name, known))
         if len(names) > 1 and not known[name].combines:
             raise UsageError(f"loss {name!r} cannot be added to others", hint=_summable(known))
+        if not known[name].combines and recipe.loss[name] != 1:
+            raise UsageError(f"loss {name!r} takes no weight", hint="scale trainer.learning_rate instead")
     return known[names[0]]
 
 
