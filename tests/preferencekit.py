@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,21 @@ def start_away_from_zero(trainer: Any) -> Any:
         if "lora_B.default" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     return trainer
+
+
+def columns(base: str, scratch: str) -> dict[str, list[float]]:
+    """The reference log-probabilities of rows that no batch divides, computed once, of pairs and of labelled rows."""
+    found: dict[str, list[float]] = {}
+    for loss in ("ipo", "kto"):
+        options = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 3, "max_steps": 1, "use_cpu": True}
+        rows = ours(Path(base), Path(scratch), loss, trainer=options).train_dataset
+        found |= {name: list(rows[name]) for name in rows.column_names if name.startswith("ref_")}
+    return found
+
+
+def columns_of_a_process(rank: int, base: str, out: str, port: int) -> None:
+    """What one of two processes has; each writes its own."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    (Path(out) / f"{rank}.json").write_text(json.dumps(columns(base, out)))
+    torch.distributed.destroy_process_group()

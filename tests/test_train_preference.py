@@ -121,7 +121,8 @@ def test_rows_without_room_for_an_answer_are_dropped(loss: str, tiny_base: Path,
 
 @pytest.mark.parametrize(("loss", "trainer", "said"), [
     ("sigmod", {}, "there is no loss 'sigmod'"), (["kto", "sft"], {}, "'kto' cannot be added"),
-    (["sft", "orpo"], {}, "'orpo' cannot be added"), ([], {}, "names no loss"), ({"kto": 0.5}, {}, "takes no weight"), ("ipo", {"loss_type": "ipo"}, "set by `loss`"),
+    (["sft", "orpo"], {}, "'orpo' cannot be added"), ([], {}, "names no loss"),
+    ({"kto": 0.5}, {}, "takes no weight"), ("ipo", {"loss_type": "ipo"}, "set by `loss`"),
     (["ipo", "sft"], {"loss_weights": [1, 1]}, "set by `loss`"), ("robust", {"label_smoothing": 0.5}, "0 <= trainer.label_smoo"),
     ("kto", {"per_device_train_batch_size": 1}, "per_device_train_batch_size >= 2"),
     ("kto", {"train_sampling_strategy": "random"}, "train_sampling_strategy=sequential")])

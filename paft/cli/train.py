@@ -17,7 +17,7 @@ ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter 
 L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
-                    help="β of the preference loss  [default: 0.1; simpo 2.0].")
+                    help="β of the preference loss  [default: 0.1; for simpo 2].")
 LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
                     help="sigmoid (DPO), ipo, hinge, robust, apo_zero, ..., kto, orpo, simpo, or a sum: sigmoid=1,sft=0.2"
                          "  [default: sigmoid].")

@@ -113,6 +113,8 @@ def _field(kind: Any, name: str) -> Any:
 
 
 def _refuse_dpo(names: list[str], said: Options) -> None:
+    if said.get("padding_free"):
+        raise UsageError("trainer.padding_free has no effect: TRL's DPOTrainer pads all the same", hint="leave it out")
     smoothing = said.get("label_smoothing", 0.0)
     if "robust" in names and not 0 <= smoothing < 0.5:
         raise UsageError(f"loss robust needs 0 <= trainer.label_smoothing < 0.5, got {smoothing}")
@@ -128,8 +130,9 @@ def _refuse_kto(names: list[str], said: Options) -> None:
                          hint="leave it out: paft shuffles the rows once, by seed")
 
 
-def _nothing(names: list[str], said: Options) -> None:
-    pass
+def _refuse_old(names: list[str], said: Options) -> None:
+    if said.get("max_length", 1024) is None:
+        raise UsageError(f"loss {names[0]} needs trainer.max_length: TRL's trainer would cut at 512 tokens", hint="set a number")
 
 
 def _load_dpo() -> tuple[type, type]:
@@ -162,5 +165,5 @@ def _experimental(name: str) -> tuple[type, type]:
 
 DPO = Family("dpo", _load_dpo, _refuse_dpo, combines=True)
 KTO = Family("kto", _load_kto, _refuse_kto, labelled=True)
-ORPO = Family("orpo", lambda: _experimental("orpo"), _nothing, reference=False, typed=False)
-CPO = Family("cpo", lambda: _experimental("simpo"), _nothing, reference=False)
+ORPO = Family("orpo", lambda: _experimental("orpo"), _refuse_old, reference=False, typed=False)
+CPO = Family("cpo", lambda: _experimental("simpo"), _refuse_old, reference=False)

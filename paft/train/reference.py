@@ -40,7 +40,8 @@ Rows = dict[str, list[Row]]
 # What the SFT of `chosen-sft` takes over from the recipe's ``trainer``: how long, and what fits the device; not the rate.
 SHARED = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
           "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "logging_steps", "bf16", "fp16",
-          "gradient_checkpointing", "gradient_checkpointing_kwargs", "optim")
+          "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+          "activation_checkpointing_kwargs", "optim")
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """TRL refuses some values of its options only where it uses them: when the trainer is built, or in its first step."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         if not still_early():
             raise
         raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
