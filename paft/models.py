@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft import hub
+from paft.data.template import choose_template
 from paft.errors import MismatchError, NotFoundError
 
 if TYPE_CHECKING:
@@ -70,8 +71,11 @@ def resolve_base(name: str) -> Path:
     return path
 
 
-def load_tokenizer(name: str, *, chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a pad token; MismatchError without a chat template when ``chat`` data needs one."""
+def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a pad token; MismatchError without a chat template when ``chat`` data needs one.
+
+    ``template``: a shipped name or a file (`paft.data.template`), in place of the model's own.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_base(name)
@@ -85,9 +89,11 @@ def load_tokenizer(name: str, *, chat: bool = True) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         # Labels are masked by position, not by id, so sharing eos with pad is safe here.
         tokenizer.pad_token = tokenizer.eos_token
+    if template:
+        choose_template(tokenizer, template)
     if chat and not tokenizer.chat_template:
         raise MismatchError(f"{name} has no chat template, and the data is conversational",
-                            hint="use prompt / completion strings, or add a chat_template.jinja to the model")
+                            hint="choose one, for example --chat-template zephyr, or use prompt / completion strings")
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -8,9 +8,11 @@ is copied, re-sharded or its header re-ordered; it is a tree, so that tensors ca
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,17 +27,21 @@ from typing import Any
 from paft.errors import MismatchError, NotFoundError, ResourceError
 
 MANIFEST = "paft.json"
+_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
 SCHEMA = 1
 
 
-def check_target(target: Path, *, overwrite: bool = False) -> None:
+def check_target(target: Path, *, overwrite: bool = False, in_place: bool = False) -> None:
     """Refuse a target that exists and is not an empty directory, unless ``overwrite``; raises MismatchError.
 
     The current directory and what lies above it are refused always: replacing them would delete more than an artefact.
+    A mount point, such as a container's volume, cannot be replaced at all; an output that grows ``in_place`` may be one.
     """
     if target.is_dir():
         if Path.cwd().resolve().is_relative_to(target.resolve()):
             raise MismatchError(f"{target} is the current directory, or above it", hint="choose another -o DIR")
+        if os.path.ismount(target.resolve()) and (overwrite or not in_place):
+            raise MismatchError(f"{target} is a mount point and cannot be replaced", hint="choose a directory inside it")
         if not overwrite and any(target.iterdir()):
             raise MismatchError(f"{target} is not empty", hint="choose another -o DIR, or pass --overwrite")
     elif target.exists() or target.is_symlink():
@@ -49,7 +55,7 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place.
     """
     check_target(target, overwrite=overwrite)
-    target = Path(os.path.normpath(target))  # a last part that is a name, for the scratch directory beside it
+    given, target = target, Path(os.path.realpath(target))  # where a link leads, and the scratch directory beside that
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -62,8 +68,8 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         scratch.chmod(0o777 & ~_umask())
         _replace(scratch, target)
     except OSError as error:
-        if error.errno == 28:
-            raise ResourceError(f"disk full while writing {target}", hint="free some space; nothing was kept") from error
+        if error.errno in _FULL:
+            raise ResourceError(f"{_FULL[error.errno]} while writing {given}", hint="make room; nothing was kept") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -74,12 +80,13 @@ def _replace(scratch: Path, target: Path) -> None:
         os.rename(scratch, target)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, aside / "old")
     try:
-        os.rename(scratch, target)
-    except OSError:
-        os.rename(aside / "old", target)
-        raise
+        os.rename(target, aside / "old")
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            os.rename(aside / "old", target)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -186,9 +193,21 @@ def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], see
     """
     manifest = {"schema": SCHEMA, "command": command, "recipe": recipe, "seed": seed, "versions": versions(),
                 "content_sha256": content_sha256 or content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return manifest
+
+
+def to_json(value: Any) -> str:
+    """JSON text with NaN and infinity as null (JSON has neither), keys in the order given."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

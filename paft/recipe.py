@@ -36,6 +36,18 @@ class Lora(Strict):
     rslora: bool = False
 
 
+class DataSource(Strict):
+    """One of several data sets. ``weight``: its share of the mixture; ``rows``: only its first; ``columns``: our name -> its."""
+
+    source: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rows: Annotated[int, Field(gt=0)] | None = None
+    columns: dict[str, str] = {}
+
+
+Sources = str | list[str | DataSource]
+
+
 class TrainRecipe(Strict):
     """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields)."""
 
@@ -47,15 +59,24 @@ class TrainRecipe(Strict):
     l2: Coefficient = 0.0
     seed: int = 0
     eval_fraction: Fraction = 0.0
+    chat_template: str | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
     trainer: dict[str, Any] = {}
 
 
-class SftRecipe(TrainRecipe):
+class DataRecipe(TrainRecipe):
+    """Trainers of one data set (or mixture). ``columns``: our column name -> its; ``streaming``: never held in memory."""
+
+    data: Sources | None = None
+    eval_data: Sources | None = None
+    columns: dict[str, str] = {}
+    streaming: bool = False
+
+
+class SftRecipe(DataRecipe):
     """SFT: L = CE + l1·Σ|δ| + l2·½Σδ²  (PAFT eq. 1; the L2 term is a control)."""
 
     kind: Literal["train-sft"] = "train-sft"
-    data: str | None = None
-    eval_data: str | None = None
 
 
 BETAS = {"simpo": 2.0}  # SimPO's β scales a mean over tokens, the others' a sum: 0.1 would hardly train
@@ -67,13 +88,11 @@ def _weighted(loss: Any) -> Any:
     return dict.fromkeys(names, 1.0) if isinstance(names, list) and all(isinstance(name, str) for name in names) else loss
 
 
-class DpoRecipe(TrainRecipe):
+class DpoRecipe(DataRecipe):
     """Preference training: ``loss`` is a name, a list, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
     is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
 
     kind: Literal["train-dpo"] = "train-dpo"
-    data: str | None = None
-    eval_data: str | None = None
     loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
     reference: str | None = None
     reference_sft: dict[str, Any] = {}
@@ -85,8 +104,8 @@ class JointRecipe(TrainRecipe):
 
     kind: Literal["train-joint"] = "train-joint"
     method: Literal["mix"] = "mix"
-    sft_data: str | None = None
-    pref_data: str | None = None
+    sft_data: Sources | None = None
+    pref_data: Sources | None = None
     lam: Annotated[float, Field(ge=0, le=1)] = 0.5
     beta: Annotated[float, Field(gt=0)] = 0.1
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
@@ -111,16 +130,16 @@ class MergeRecipe(Strict):
 class Splits(Strict):
     """Where each split of a data set lies; a missing one is cut from ``train`` by content (see `paft.data.splits`)."""
 
-    train: str
-    validation: str | None = None
-    test: str | None = None
+    train: Sources
+    validation: Sources | None = None
+    test: Sources | None = None
 
 
 class RunData(Strict):
     """The two data sets of a run, and neutral text to measure forgetting on."""
 
-    sft: Splits | str
-    pref: Splits | str
+    sft: Splits | Sources
+    pref: Splits | Sources
     text: str | None = None
 
 
@@ -177,6 +196,8 @@ class RunRecipe(Strict):
     train: dict[str, RunTrain]
     merge: dict[str, RunMerge] = {}
     merge_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    chat_template: str | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
     evaluate: Evaluation = Evaluation()
 
 
@@ -247,7 +268,9 @@ def _blame(document: Document, path: tuple[str, ...], flag: str) -> None:
 def _explain(kind: type[Strict], error: ValidationError, document: Document) -> UsageError:
     """The first complaint in one line, a misspelt key before its absence; all missing keys at once."""
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first = errors[0]
+    # Of the members of a union each complains; the one that got deepest is the one that was meant.
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda each: (each["type"] == "extra_forbidden", len(each["loc"])))
     loc, _ = _walk(kind, first["loc"])
     path, where = ".".join(map(str, loc)), document.where(loc)
     if first["type"] == "extra_forbidden":

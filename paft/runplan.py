@@ -7,10 +7,11 @@ from pathlib import Path
 
 from paft.errors import UsageError, did_you_mean
 from paft.merge.settings import Settings, native
-from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Splits, TrainRecipe, validate
+from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Sources, Splits, TrainRecipe, validate
 from paft.train.stage import check_trainer
 
-RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "eval_fraction")
+RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "eval_fraction", "columns", "streaming",
+            "on_bad_row", "chat_template")
 
 
 def check(recipe: RunRecipe) -> None:
@@ -65,11 +66,12 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
     said = {key: value for key, value in (("l1", stage.l1), ("l2", stage.l2), ("lam", stage.lam)) if value is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
+    said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}
     said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
     return validate(type(base), base.model_dump() | said)
 
 
-def _sources(recipe: RunRecipe, objective: str) -> dict[str, str]:
+def _sources(recipe: RunRecipe, objective: str) -> dict[str, Sources]:
     first = {role: spec.train if isinstance(spec, Splits) else spec
              for role, spec in (("sft", recipe.data.sft), ("pref", recipe.data.pref))}
     return {"sft": {"data": first["sft"]}, "dpo": {"data": first["pref"]},

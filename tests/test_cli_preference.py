@@ -143,8 +143,8 @@ MISTAKES = [
     (words("--reference", "./nowhere"), 4, "no reference at ./nowhere"),
     (words("--reference", "chosen-sft", "--set", "reference_sft.max_stps=1"), 2, "trainer.max_stps is not an option"),
     (words("--set", "reference_sft.max_steps=1"), 2, "reference_sft has a use with reference: chosen-sft only"),
-    (empty, 4, "is neither an adapter nor a model"), (labels, 2, "`label` must be true or false"),
-    (no_labels, 2, "none of the formats for unpaired"), (wrong_base, 3, "was trained on a base of content 000000000000"),
+    (empty, 4, "is neither an adapter nor a model"), (labels, 2, "`label` is 'good', not true or false"),
+    (no_labels, 2, "none of the layouts for unpaired"), (wrong_base, 3, "was trained on a base of content 000000000000"),
     (wrong_shapes, 3, "odd"), (wrong_words, 3, "has another vocabulary: 'cat' is id"), (head, 3, "changes lm_head"),
     (biases, 3, "brings biases"), (no_sum, 3, "which no sum of LoRAs can say")]
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from paft.cli import options
+from paft.cli.sample import sample_lines
 from paft.errors import UsageError
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
 
@@ -25,13 +26,22 @@ REFERENCE = click.option("--reference", metavar="base|chosen-sft|PATH",
                          help="What the loss compares with. base: the model that the policy starts from; chosen-sft: an SFT on"
                               " the chosen answers, trained first; or an adapter on the same base, or a model  [default: base].")
 DATA = options.stack(
-    click.option("-d", "--data", metavar="DATA", help="File, directory, hub id org/name[:split], or demo:sft / demo:pref."),
+    click.option("-d", "--data", metavar="DATA", multiple=True,
+                 help="File, directory, hub id org/name[@revision][#subset][:split], or demo:sft / demo:pref; may be repeated."),
+    click.option("--mix", metavar="W,W,...", help="Shares of the data sets in the mixture, one for each --data."),
+    click.option("--columns", metavar="OURS=THEIRS,...", help="Column names, e.g. prompt=question,completion=answer."),
+    click.option("--streaming", is_flag=True, default=None, help="Read the data while training; needs trainer.max_steps."),
     click.option("--eval-data", metavar="DATA", help="Held-out rows; their loss never contains the penalty."),
     click.option("--eval-fraction", metavar="NUMBER", type=click.FloatRange(0, 1, max_open=True),
                  help="Or hold out this share of the data."),
 )
+ROWS = options.stack(
+    click.option("--chat-template", metavar="NAME", help="zephyr, chatml, alpaca or a .jinja file, instead of the model's own."),
+    click.option("--drop-bad-rows", "on_bad_row", flag_value="drop", default=None, help="Leave out rows that cannot be used."),
+    click.option("--show-sample", is_flag=True, help="Print one row as the trainer sees it, with its loss mask, and stop."),
+)
 LAST = options.stack(
-    options.recipe_option, options.set_option("trainer.max_steps=100"),
+    ROWS, options.recipe_option, options.set_option("trainer.max_steps=100"),
     click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
     options.dry_run, options.overwrite, options.common,
 )
@@ -103,7 +113,9 @@ def train_joint(**given: Any) -> None:
 
 
 def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
-    common = {key: given.pop(key) for key in ("file", "sets", "out", "overwrite", "dry_run", "as_json", "quiet", "traceback")}
+    common = {key: given.pop(key) for key in ("file", "sets", "out", "overwrite", "dry_run", "show_sample", "as_json", "quiet",
+                                               "traceback")}
+    given |= _data(given)
     file = options.recipe_file(common["file"])
     recipe = load(kind, file, common["sets"], given)
     out = common["out"] or Path("adapters") / (file.stem if file else name)
@@ -111,14 +123,40 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     from paft.models import quiet_libraries
 
     quiet_libraries()
-    from paft.train import stage
+    from paft.train import sample, stage
 
+    if common["show_sample"]:
+        found = sample.show_sample(recipe, quiet=common["quiet"])
+        options.show(found, sample_lines(found), as_json=common["as_json"])
+        return
     if common["dry_run"]:
-        plan = stage.plan(recipe, out, overwrite=common["overwrite"])
+        plan = stage.plan(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
     manifest = stage.train(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
     options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1)), as_json=common["as_json"])
+
+
+def _data(given: dict[str, Any]) -> dict[str, Any]:
+    """``--data``, ``--mix`` and ``--columns`` as the recipe writes them."""
+    if "data" not in given:
+        return {}
+    data, mix, columns = given["data"], given.pop("mix"), given["columns"]
+    said: dict[str, Any] = {"data": (data[0] if len(data) == 1 else list(data)) if data else None}
+    if mix is not None:
+        try:
+            weights = [float(weight) for weight in mix.split(",")]
+        except ValueError:
+            raise UsageError(f"--mix {mix!r} is no list of numbers", hint="for example --mix 0.7,0.3") from None
+        if len(weights) != len(data):
+            raise UsageError(f"--mix has {len(weights)} weights for {len(data)} --data", hint="give one weight to each")
+        said["data"] = [{"source": source, "weight": weight} for source, weight in zip(data, weights, strict=True)]
+    if columns is not None:
+        pairs = [pair.partition("=") for pair in columns.split(",")]
+        if not all(ours and theirs for ours, _, theirs in pairs):
+            raise UsageError(f"--columns {columns!r} is not ours=theirs,...", hint="for example --columns prompt=question")
+        said["columns"] = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    return said
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:

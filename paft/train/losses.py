@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from paft.data import Row
+from paft.data import Role, Row
 from paft.errors import ResourceError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Family:
     labelled: bool = False
     combines: bool = False
     typed: bool = True
+    streams: bool = True
 
 
 def families() -> dict[str, Family]:
@@ -98,14 +99,27 @@ def check(recipe: DpoRecipe) -> None:
     for key in ("loss_type", "loss_weights"):
         if key in recipe.trainer:
             raise UsageError(f"trainer.{key} is set by `loss`", hint="loss: ipo, or with weights loss: {sigmoid: 1, sft: 0.2}")
+    if recipe.streaming and not found.streams:
+        raise UsageError(f"loss {next(iter(recipe.loss))} cannot stream: TRL's trainer wants all rows at once",
+                         hint="leave --streaming out")
     found.refuse(list(recipe.loss), options(recipe) | recipe.trainer)
 
 
-def unpair(rows: list[Row]) -> list[Row]:
-    """Pairs as two rows each, (prompt, chosen, true) and (prompt, rejected, false); rows with a label as they are."""
-    return [found for row in rows for found in (
-        [{"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"} for key in ("chosen", "rejected")]
-        if "chosen" in row else [row])]
+def role(recipe: DpoRecipe) -> Role:
+    """The shape of rows that the recipe's loss reads."""
+    return "unpaired" if family(recipe).labelled else "pref"
+
+
+def shaped(recipe: DpoRecipe, rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Rows in the shape that the loss reads; those that a run hands over are pairs."""
+    apart = family(recipe).labelled
+    return {name: unpair(found) if apart and found and "chosen" in found[0] else found for name, found in rows.items()}
+
+
+def unpair(pairs: list[Row]) -> list[Row]:
+    """Two rows for each pair: (prompt, chosen, true) and (prompt, rejected, false)."""
+    return [{"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+            for pair in pairs for key in ("chosen", "rejected")]
 
 
 def _field(kind: Any, name: str) -> Any:
@@ -165,5 +179,5 @@ def _experimental(name: str) -> tuple[type, type]:
 
 DPO = Family("dpo", _load_dpo, _refuse_dpo, combines=True)
 KTO = Family("kto", _load_kto, _refuse_kto, labelled=True)
-ORPO = Family("orpo", lambda: _experimental("orpo"), _refuse_old, reference=False, typed=False)
-CPO = Family("cpo", lambda: _experimental("simpo"), _refuse_old, reference=False)
+ORPO = Family("orpo", lambda: _experimental("orpo"), _refuse_old, reference=False, typed=False, streams=False)
+CPO = Family("cpo", lambda: _experimental("simpo"), _refuse_old, reference=False, streams=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from paft.data import Row, dataset
+from paft.data import Row, Stream, dataset
 from paft.errors import UsageError
 from paft.models import load_model
 from paft.progress import say
@@ -47,8 +47,10 @@ def _shuffled(rows: list[Row], seed: int) -> list[Row]:
     """Labelled rows in one random order.
 
     KTO reads its rows in order, since each batch pairs neighbours for the KL term. TRL takes pairs apart into a thousand
-    desirable rows followed by a thousand undesirable ones, so that a batch would hold one kind only.
+    desirable rows followed by a thousand undesirable ones, so that a batch would hold one kind only. A stream is mixed already.
     """
+    if isinstance(rows, Stream):
+        return rows
     rows = list(rows)
     random.Random(seed).shuffle(rows)
     return rows
@@ -58,6 +60,8 @@ def _check_balance(rows: list[Row], args: Any, quiet: bool) -> None:
     """Refuse labels of one kind; note weights outside of 1 <= (w_D·n_D)/(w_U·n_U) <= 4/3 (KTO, eq. 8)."""
     good = sum(row["label"] for row in rows)
     bad = len(rows) - good
+    if isinstance(rows, Stream):
+        return
     if not (good and bad):
         raise UsageError(f"all {len(rows)} labels are {'true' if good else 'false'}: there is nothing to tell apart",
                          hint="add rows of the other kind, or train an SFT on the desirable ones")

@@ -64,6 +64,9 @@ def check(recipe: DpoRecipe) -> None:
         raise UsageError(f"loss {name} has no reference: --reference {recipe.reference} has no use", hint="leave it out")
     if recipe.reference_sft and recipe.reference != CHOSEN:
         raise UsageError(f"reference_sft has a use with reference: {CHOSEN} only", hint=f"--reference {CHOSEN}")
+    if recipe.reference == CHOSEN and recipe.streaming:
+        raise UsageError(f"--reference {CHOSEN} reads the rows twice, so they cannot be streamed",
+                         hint="train the SFT first and pass its adapter as --reference")
     if recipe.reference == CHOSEN:
         from trl.trainer.sft_config import SFTConfig
 
@@ -147,7 +150,8 @@ def named_hash(recipe: DpoRecipe) -> str | None:
 def chosen_sft(recipe: DpoRecipe) -> SftRecipe:
     """The SFT of ``chosen-sft``: same base, LoRA, seed, length and batches; ``reference_sft`` are further SFTConfig fields."""
     shared = {key: recipe.trainer[key] for key in SHARED if key in recipe.trainer}
-    return SftRecipe(model=recipe.model, on=recipe.on, lora=recipe.lora, seed=recipe.seed, trainer=shared | recipe.reference_sft)
+    return SftRecipe(model=recipe.model, on=recipe.on, lora=recipe.lora, seed=recipe.seed,
+                     chat_template=recipe.chat_template, trainer=shared | recipe.reference_sft)
 
 
 def chosen_rows(rows: list[Row]) -> list[Row]:

@@ -17,33 +17,33 @@ from paft import hub
 from paft.adapter import CONFIG, WEIGHTS, Adapter, check_low_rank, concatenate, read_adapter, save_adapter
 from paft.card import adapter_card
 from paft.checkpoint import Checkpoint
-from paft.data import Role, Row, check_leakage, content_hash, hold_out, load_rows
+from paft.data import Row, content_hash
 from paft.errors import MismatchError, UsageError
-from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
+from paft.models import linear_names, load_model, parameters, resolve_base, skeleton
 from paft.placement import place
-from paft.progress import say
 from paft.provenance import check_target, output_dir, tensor_files, write_manifest
 from paft.provenance import content_hash as tensor_hash
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.tokens import boundary_moves
 from paft.train import losses, reference
+from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.l1 import nonlinear_layers
 from paft.train.options import check_options, lora_config, trainer_config
+from paft.train.rendering import template_errors
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
 Rows = dict[str, list[Row]]
 
 
-def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """What ``train`` would do, after every check that needs no model in memory."""
     check_target(out, overwrite=overwrite)
     check_trainer(recipe)
-    rows = _load(recipe)
-    model = _require(recipe.model, "--model")
+    rows = load(recipe, quiet)
+    model = require(recipe.model, "--model")
     base = resolve_base(model)
     _start(recipe)
     held, more = reference.foretell(recipe, out) if isinstance(recipe, DpoRecipe) else (None, 0)
-    load_tokenizer(model, chat=_is_chat(rows))
+    tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
     size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
@@ -98,16 +98,16 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_target(out, overwrite=overwrite)
     check_trainer(recipe)
     on = _start(recipe)
-    rows = _load(recipe) if rows is None else rows
+    rows = load(recipe, quiet) if rows is None else rows
     started = time.monotonic()
     with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
         inputs = {name: content_hash(found) for name, found in rows.items() if found}
         again = partial(train, quiet=quiet)
         held = reference.prepare(recipe, rows, directory, Path(scratch), again) if isinstance(recipe, DpoRecipe) else None
-        rows = _shaped(recipe, rows)
+        rows = losses.shaped(recipe, rows) if isinstance(recipe, DpoRecipe) else rows
         trainer = _build(recipe, rows, scratch, held, quiet)
-        _note_boundary(trainer.processing_class, rows, quiet)
-        _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
+        note_boundary(trainer.processing_class, rows, quiet)
+        count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
         _run(trainer, label or out.name, directory / "log.jsonl", quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
         _save(trainer, recipe, on, directory)
@@ -120,42 +120,6 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
                             metrics=[metrics], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
         (directory / "README.md").write_text(card, encoding="utf-8")
     return manifest
-
-
-def _require(value: str | None, flag: str) -> str:
-    if not value:
-        raise UsageError(f"no {flag.lstrip('-').replace('-', ' ')} given", hint=f"pass {flag}, or set it in the recipe")
-    return value
-
-
-def _load(recipe: AnyRecipe) -> Rows:
-    """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
-    if isinstance(recipe, JointRecipe):
-        if recipe.eval_fraction:
-            raise UsageError("joint training holds no rows out, so eval_fraction has no use",
-                             hint="score the adapter with `paft eval`")
-        return {"sft": load_rows(_require(recipe.sft_data, "--sft-data"), "sft"),
-                "pref": load_rows(_require(recipe.pref_data, "--pref-data"), "pref")}
-    role = _role(recipe)
-    train = load_rows(_require(recipe.data, "--data"), role)
-    held: list[Row] = []
-    if recipe.eval_data:
-        held = load_rows(recipe.eval_data, role)
-        check_leakage({"training data": train, "evaluation data": held})
-    elif recipe.eval_fraction:
-        train, held = hold_out(train, recipe.eval_fraction)
-    return {"train": train, "eval": held}
-
-
-def _role(recipe: AnyRecipe) -> Role:
-    if isinstance(recipe, DpoRecipe):
-        return "unpaired" if losses.family(recipe).labelled else "pref"
-    return "sft"
-
-
-def _shaped(recipe: AnyRecipe, rows: Rows) -> Rows:
-    """Rows that a run hands over are pairs, which a loss of labelled rows takes apart."""
-    return {name: losses.unpair(found) for name, found in rows.items()} if _role(recipe) == "unpaired" else rows
 
 
 def _config_kind(recipe: AnyRecipe) -> Any:
@@ -175,19 +139,15 @@ def check_trainer(recipe: AnyRecipe) -> None:
     check_options(_config_kind(recipe), recipe.trainer)
 
 
-def _is_chat(rows: Rows) -> bool:
-    return any(isinstance(found[0].get("prompt"), list) for found in rows.values() if found)
-
-
 def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool) -> Any:
     from transformers import set_seed
 
     from paft.train import joint, preference, sft
 
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
-    name = _require(recipe.model, "--model")
-    tokenizer = load_tokenizer(name, chat=_is_chat(rows))
-    with _usage(), _named_targets(recipe, load_model(name, on=recipe.on)) as model:
+    name = require(recipe.model, "--model")
+    tokenizer = tokenizer_for(recipe, rows, quiet)
+    with _usage(), template_errors(), _named_targets(recipe, load_model(name, on=recipe.on)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
         if isinstance(recipe, DpoRecipe):
@@ -204,25 +164,6 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
         if not still_early():
             raise
         raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
-
-
-def _note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
-    """Say once, in one line, what TRL would say in seven: the chat template renders a prompt differently before an answer."""
-    for found in rows.values():
-        answer = next((key for key in ("completion", "chosen") if found and key in found[0]), None)
-        if answer and boundary_moves(tokenizer, found[0], answer):
-            say("note: the last tokens of a prompt change when an answer follows (chat template); the answer is taken from there",
-                quiet=quiet)
-            return
-
-
-def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
-    """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
-    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
-    if not kept:
-        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
-    if kept < given and not getattr(trainer.args, "packing", False):
-        say(f"note: {given - kept} of {given} rows dropped: {why}", quiet=quiet)
 
 
 def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
@@ -255,7 +196,7 @@ def _start(recipe: AnyRecipe) -> Adapter | None:
     """The adapter to train on, if the sum of it and the trained one can be written; MismatchError before any work if not."""
     if recipe.on is None:
         return None
-    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(_require(recipe.model, "--model")))).adapter
+    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(require(recipe.model, "--model")))).adapter
     check_low_rank(on)
     return on
 
@@ -273,6 +214,8 @@ def _save(trainer: Any, recipe: AnyRecipe, on: Adapter | None, directory: Path) 
             config, tensors = concatenate([on, trained], [1.0, 1.0])
             save_adapter(directory, config, tensors)
             _name_base(directory / CONFIG, str(recipe.model))
+    if recipe.chat_template:  # the base's own tokenizer would render messages in another way, or not at all
+        trainer.processing_class.save_pretrained(directory)
 
 
 def _name_base(file: Path, model: str) -> None:
