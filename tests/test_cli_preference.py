@@ -58,6 +58,13 @@ def test_labels_out_of_balance_are_told_with_the_weight_that_mends_it(world: Wor
     assert "KTO balances" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [["--loss", "kto"], ["--reference", "{one}"]])
+def test_streamed_rows(more: list[str], world: World) -> None:
+    assert invoke(command(world, "--streaming", *(part.format(one=world.one) for part in more))) == 0
+    manifest = read_manifest(world.out)
+    assert manifest and manifest["metrics"]["steps"] == 2 and manifest["reference"]["precomputed"] is False
+
+
 @pytest.mark.parametrize(("more", "said"), [
     ([], "the start model, adapter off"), (["--reference", "chosen-sft"], "an SFT on the chosen answers, trained first"),
     (["--reference", "{one}"], "on the same base"), (["--reference", "{other}"], "a second one in memory"),
@@ -139,6 +146,9 @@ MISTAKES = [
     (words("--set", "trainer.sync_ref_model=true"), 2, "You passed `sync_ref_model=True`"),
     (words("--set", "trainer.padding_free=true"), 2, "trainer.padding_free has no effect"),
     (words("--loss", "orpo", "--set", "trainer.max_length=null"), 2, "loss orpo needs trainer.max_length"),
+    (words("--loss", "simpo", "--streaming"), 2, "loss simpo cannot stream"),
+    (words("--reference", "chosen-sft", "--streaming"), 2, "reads the rows twice"),
+    (words("-q", "--streaming", "--set", "trainer.precompute_ref_log_probs=true"), 2, "not possible for streamed rows"),
     (words("--reference", "chosen_sft"), 2, "there is no reference 'chosen_sft'"),
     (words("--reference", "./nowhere"), 4, "no reference at ./nowhere"),
     (words("--reference", "chosen-sft", "--set", "reference_sft.max_stps=1"), 2, "trainer.max_stps is not an option"),
