@@ -230,6 +230,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def recorded_base(directory: Path) -> str | None:
+    """The content hash of the base that a directory's ``paft.json`` records, if it does."""
+    base = (read_manifest(directory) or {}).get("base")
+    recorded = base.get("content_sha256") if isinstance(base, dict) else None
+    return recorded if isinstance(recorded, str) else None
+
+
 def verify(directory: Path) -> list[str]:
     """What differs between a directory and its ``paft.json``; an empty list means that nothing does."""
     manifest = read_manifest(directory)

@@ -6,12 +6,12 @@ refused with the line and a did-you-mean. The resolved recipe is what `paft.json
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from paft.complaint import explain
 from paft.errors import UsageError, did_you_mean
 from paft.sections import Coefficient, EarlyStopping, Fraction, Lora, Strict
 from paft.yamlfile import Document, parse_scalar, read_yaml
@@ -68,11 +68,24 @@ class SftRecipe(DataRecipe):
     kind: Literal["train-sft"] = "train-sft"
 
 
+BETAS = {"simpo": 2.0}  # SimPO's β scales a mean over tokens, the others' a sum: 0.1 would hardly train
+
+
+def _weighted(loss: Any) -> Any:
+    """``sigmoid`` and ``[sigmoid, sft]`` as {name: weight}, with weight 1; anything else as it is."""
+    names = [loss] if isinstance(loss, str) else loss
+    return dict.fromkeys(names, 1.0) if isinstance(names, list) and all(isinstance(name, str) for name in names) else loss
+
+
 class DpoRecipe(DataRecipe):
-    """DPO against the base with the adapter off; TRL's ``loss_type`` may be set under ``trainer``."""
+    """Preference training: ``loss`` is a name, a list, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
+    is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
 
     kind: Literal["train-dpo"] = "train-dpo"
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
+    reference: str | None = None
+    reference_sft: dict[str, Any] = {}
+    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
 
 
 class JointRecipe(TrainRecipe):
@@ -214,7 +227,7 @@ def validate(kind: type[R], data: dict[str, Any], document: Document | None = No
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _explain(kind, error, document or Document({}, {}, "recipe")) from None
+        raise explain(kind, error, document or Document({}, {}, "recipe")) from None
 
 
 def _assign(document: Document, item: str) -> None:
@@ -239,53 +252,3 @@ def _blame(document: Document, path: tuple[str, ...], flag: str) -> None:
     for known in [known for known in document.lines if known[: len(path)] == path]:
         del document.lines[known]
     document.lines[path] = flag
-
-
-def _explain(kind: type[Strict], error: ValidationError, document: Document) -> UsageError:
-    """The first complaint in one line, a misspelt key before its absence; all missing keys at once."""
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    # Of the members of a union each complains; the one that got deepest is the one that was meant.
-    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
-    first = max(same, key=lambda each: (each["type"] == "extra_forbidden", len(each["loc"])))
-    loc, _ = _walk(kind, first["loc"])
-    path, where = ".".join(map(str, loc)), document.where(loc)
-    if first["type"] == "extra_forbidden":
-        return UsageError(f"{where}: unknown key {path!r}", hint=did_you_mean(str(loc[-1]), _keys_at(kind, first["loc"][:-1])))
-    if first["type"] == "missing":
-        missing = [".".join(map(str, _walk(kind, e["loc"])[0])) for e in errors if e["type"] == "missing"]
-        verb = "is" if len(missing) == 1 else "are"
-        return UsageError(f"{where}: {', '.join(missing)} {verb} missing", hint=" ".join(f"--set {name}=..." for name in missing))
-    sections = ("model_type", "dict_type", "model_attributes_type")
-    said = "should be a section of keys and values" if first["type"] in sections else first["msg"][0].lower() + first["msg"][1:]
-    if first["type"] == "value_error":  # one of our own, which says what it got
-        return UsageError(f"{where}: {path}: {said.removeprefix('value error, ')}"[:300])
-    return UsageError(f"{where}: {path or 'recipe'}: {said}, got {first.get('input')!r}"[:300])
-
-
-def _walk(kind: Any, loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
-    """(``loc`` without the names that pydantic adds for the members of a union, the type it leads to or None)."""
-    clean: list[int | str] = []
-    for part in loc:
-        members = [one for one in get_args(kind) if one is not types.NoneType] if _is_union(kind) else []
-        if len(members) > 1:
-            kind = next((one for one in members if getattr(one, "__name__", "") == part), members[-1])
-            continue
-        kind = members[0] if members else kind
-        clean.append(part)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            field = kind.model_fields.get(str(part))
-            kind = field.annotation if field else None
-        else:
-            kind = get_args(kind)[-1] if get_args(kind) else None
-    return tuple(clean), kind
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType)
-
-
-def _keys_at(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the node at ``loc`` would accept."""
-    found = _walk(kind, loc)[1]
-    found = next((one for one in get_args(found) if one is not types.NoneType), found) if _is_union(found) else found
-    return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []

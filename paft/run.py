@@ -24,10 +24,11 @@ from paft.merge.engine import merge
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus, run_graph
 from paft.progress import Progress, say
-from paft.recipe import RunRecipe, Splits
+from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
+from paft.train.reference import named_hash
 from paft.train.stage import train
 
 Rows = dict[str, list[data.Row]]
@@ -130,6 +131,8 @@ def _is_done(job: Run, name: str) -> bool:
     rows = {key: data.content_hash(found) for key, found in _rows(job, job.recipe.train[name].objective).items() if found}
     before = provenance.read_manifest(Path(stage.on)) if stage.on else None
     on = manifest["base"].get("on", {}).get("content_sha256")
+    named = named_hash(stage) if isinstance(stage, DpoRecipe) else None
+    same = same and named in (None, (manifest.get("reference") or {}).get("content_sha256"))
     return (same and manifest["inputs"] == rows and manifest["base"]["content_sha256"] == job.base_hash
             and on == (before or {}).get("content_sha256") and not provenance.verify(job.adapter(name)))
 

@@ -19,7 +19,13 @@ L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
 FULL = click.option("--full", is_flag=True, default=None, help="Train every weight instead of an adapter; makes a model.")
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
-                    help="β of the DPO loss  [default: 0.1].")
+                    help="β of the preference loss  [default: 0.1; for simpo 2].")
+LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
+                    help="sigmoid (DPO), ipo, hinge, robust, apo_zero, ..., kto, orpo, simpo, or a sum: sigmoid=1,sft=0.2"
+                         "  [default: sigmoid].")
+REFERENCE = click.option("--reference", metavar="base|chosen-sft|PATH",
+                         help="What the loss compares with. base: the model that the policy starts from; chosen-sft: an SFT on"
+                              " the chosen answers, trained first; or an adapter on the same base, or a model  [default: base].")
 DATA = options.stack(
     click.option("-d", "--data", metavar="DATA", multiple=True,
                  help="File, directory, hub id org/name[@revision][#subset][:split], or demo:sft / demo:pref; may be repeated."),
@@ -58,16 +64,35 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@options.stack(MODEL, DATA, options.out_option, BETA, L1, ON, FULL, LAST)
+@options.stack(MODEL, DATA, options.out_option, LOSS, REFERENCE, BETA, L1, ON, FULL, LAST)
 def train_dpo(**given: Any) -> None:
-    """Train a DPO adapter; its reference is the base.
+    """Train a preference adapter, with DPO or another loss.
+
+    The policy starts from the base, as PAFT's does, or from --on.
 
     \b
     paft train-dpo --model demo --data demo:pref -o adapters/dpo
     paft train-dpo -m org/name -d pairs.jsonl --beta 0.1 --eval-fraction 0.1
     paft train-dpo -m org/name -d pairs.jsonl --on adapters/sft -o adapters/both
+    paft train-dpo -m org/name -d labels.jsonl --loss kto
+    paft train-dpo -m org/name -d pairs.jsonl --reference chosen-sft
     """
-    _train(DpoRecipe, "dpo", given)
+    loss = given["loss"] = _loss(given["loss"])
+    _train(DpoRecipe, loss if isinstance(loss, str) and loss != "sigmoid" else "dpo", given)
+
+
+def _loss(text: str | None) -> str | dict[str, float] | None:
+    """``ipo``, or ``sigmoid=1,sft=0.2`` as {name: weight}."""
+    if text is None or not set(text) & set("=,"):
+        return text
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, weight = item.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            raise UsageError(f"--loss {text!r}: {weight!r} is no weight", hint="for example --loss sigmoid=1,sft=0.2") from None
+    return weights
 
 
 @click.command("train-joint")
@@ -148,13 +173,14 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
             f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
             f"  about {options.size(plan['memory_bytes'])} of memory, before activations",
+            *([f"  reference: {plan['reference']}"] if plan.get("reference") else []),
             *([left] if plan["unfinished"] else [])]
 
 
 def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
-             "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
+             "eval_rewards/margins": "margin", "eval_kl": "KL", "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     follow = f"paft sparsity-report {out}" if recipe.l1 else f"paft merge {out} OTHER_ADAPTER --method ties"
     if recipe.full:

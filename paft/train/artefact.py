@@ -44,8 +44,9 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
             if recipe.chat_template:  # the base's own tokenizer would render messages in another way, or not at all
                 trainer.processing_class.save_pretrained(directory)
         shutil.copyfile(running.log, directory / running.log.name)
-        if (running.directory / "runs").is_dir():  # TensorBoard's
-            shutil.copytree(running.directory / "runs", directory / "runs")
+        for folder in ("runs", "reference"):  # TensorBoard's, and the adapter of `chosen-sft`
+            if (running.directory / folder).is_dir():
+                shutil.copytree(running.directory / folder, directory / folder)
         if torch.cuda.is_available():
             told = {**told, "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
         manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
@@ -73,7 +74,7 @@ def save(trainer: Any, recipe: TrainRecipe, on: Adapter | None, directory: Path)
     """The adapter in a file of PEFT's, checked by reading it again; with ``on``, their sum."""
     # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
     with tempfile.TemporaryDirectory() as scratch:
-        trainer.model.save_pretrained(scratch, save_embedding_layers=False)
+        trainer.model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=["default"])
         name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
         trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
         if on is None:

@@ -11,6 +11,7 @@ from paft.models import load_tokenizer
 from paft.progress import say
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
+from paft.train import losses
 from paft.train.rendering import check_rendering
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
@@ -27,7 +28,7 @@ def load(recipe: AnyRecipe, quiet: bool = False) -> Rows:
                              hint="score the adapter with `paft eval`")
         return {"sft": load_rows(require(recipe.sft_data, "--sft-data"), "sft", how=how),
                 "pref": load_rows(require(recipe.pref_data, "--pref-data"), "pref", how=how)}
-    role = "pref" if isinstance(recipe, DpoRecipe) else "sft"
+    role = losses.role(recipe) if isinstance(recipe, DpoRecipe) else "sft"
     how = replace(how, columns=recipe.columns)
     source = require(recipe.data, "--data")
     held = load_rows(recipe.eval_data, role, how=how) if recipe.eval_data else []

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from paft.placement import place
 from paft.progress import say
 from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.train import artefact, work
+from paft.train import artefact, losses, reference, work
 from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_packing
 from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
@@ -40,6 +41,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     check_evaluation(recipe, rows)
     base = resolve_base(require(recipe.model, "--model"))
     _start(recipe)
+    held, more = reference.foretell(recipe, out) if isinstance(recipe, DpoRecipe) else (None, 0)
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
     tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
@@ -51,7 +53,8 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
             "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter, "recipe": recipe.model_dump()}
+            "reference": held, "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
+            "recipe": recipe.model_dump()}
 
 
 def _steps(args: Any, rows: int) -> int:
@@ -104,10 +107,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     process calls this; the first one writes.
     """
     quiet = quiet or not work.leads()
-    if isinstance(recipe, JointRecipe) and recipe.full:
-        raise UsageError("train-joint trains an adapter only", hint="leave --full out")
-    if resume and isinstance(recipe, JointRecipe):
-        raise UsageError("train-joint cannot be resumed: where its SFT data stood is not kept", hint="leave --resume out")
+    _check_joint(recipe, resume)
     if not resume:
         check_target(out, overwrite=overwrite)
     check_trainer(recipe)
@@ -120,39 +120,63 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         say(f"{out} is finished already", quiet=quiet)
         return manifest
     check_target(out, overwrite=overwrite)
-    with work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running:
-        trainer = _build(fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet), rows, str(running.directory), quiet)
+    with (work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running,
+          tempfile.TemporaryDirectory() as scratch):
+        held = None
+        if isinstance(recipe, DpoRecipe):
+            again = partial(train, resume=True, quiet=quiet)
+            held = reference.prepare(recipe, rows, running.directory, Path(scratch), again)
+            rows = losses.shaped(recipe, rows)
+        fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
+        trainer = _build(fit, rows, str(running.directory), held, quiet)
         note_packing(recipe, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
         count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
         _run(trainer, label or out.name, running, quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
-        told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics}
-        return artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite) if work.leads() else told
+        told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
+                "reference": held.of(trainer) if held else None}
+        if work.leads():
+            told = artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite)
+        trainer.accelerator.wait_for_everyone()
+        return told
+
+
+def _check_joint(recipe: AnyRecipe, resume: bool) -> None:
+    if isinstance(recipe, JointRecipe) and recipe.full:
+        raise UsageError("train-joint trains an adapter only", hint="leave --full out")
+    if isinstance(recipe, JointRecipe) and resume:
+        raise UsageError("train-joint cannot be resumed: where its SFT data stood is not kept", hint="leave --resume out")
 
 
 def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
     """What a training is, before its first step: `paft.json` repeats it, and a resumed training must have it in common."""
     return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": artefact.base(recipe),
-            "inputs": {name: content_hash(found) for name, found in rows.items() if found}}
+            "inputs": {name: content_hash(found) for name, found in rows.items() if found},
+            "reference_sha256": reference.named_hash(recipe) if isinstance(recipe, DpoRecipe) else None}
 
 
 def _config_kind(recipe: AnyRecipe) -> Any:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
+    if isinstance(recipe, DpoRecipe):
+        return losses.family(recipe).load()[1]
     return SFTConfig if isinstance(recipe, SftRecipe) else DPOConfig
 
 
 def check_trainer(recipe: AnyRecipe) -> None:
-    """UsageError for a ``trainer`` option that TRL does not have; loads no model."""
+    """UsageError for a loss, a reference or a ``trainer`` option that TRL does not have; loads no model."""
+    if isinstance(recipe, DpoRecipe):
+        losses.check(recipe)
+        reference.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
 
 
-def _build(recipe: AnyRecipe, rows: Rows, scratch: str, quiet: bool = False) -> Any:
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool) -> Any:
     from transformers import set_seed
 
-    from paft.train import dpo, joint, sft
+    from paft.train import joint, preference, sft
 
     keep_reports_quiet(recipe.trainer.get("report_to"))
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
@@ -161,8 +185,10 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, quiet: bool = False) -> 
     with _usage(), template_errors(), _named_targets(recipe, _start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
-        build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
-        trainer = build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+        if isinstance(recipe, DpoRecipe):
+            trainer = preference.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch, held, quiet=quiet)
+        else:
+            trainer = sft.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)
         if recipe.full and (recipe.l1 or recipe.l2):
             trainer.start = Start(resolve_base(name), trainer.model)
         if recipe.quantize:
@@ -186,7 +212,7 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """TRL refuses some values of its options only where it uses them: when the trainer is built, or in its first step."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         if not still_early():
             raise
         raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
@@ -217,14 +243,16 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged training values and, with evaluation data, the held-out loss (never with the penalty in it)."""
-    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss")
+    """The last logged training values and, with evaluation data, all that TRL measures on them (never with the penalty)."""
+    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss",
+              "rewards/accuracies", "rewards/margins", "kl")
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:
         last.update({key: record[key] for key in wanted if key in record})
     if evaluate:
         held = trainer.evaluate()
-        last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
+        last.update({key: value for key, value in held.items() if key.startswith("eval_") and key not in speed})
     last["steps"] = trainer.state.global_step
     if trainer.args.load_best_model_at_end:
         last["best_step"] = trainer.state.best_global_step

@@ -26,11 +26,11 @@ from typing import Any
 
 from paft.errors import MismatchError, ResourceError
 from paft.progress import say
-from paft.provenance import make_parent, read_manifest, versions
+from paft.provenance import MANIFEST, make_parent, read_manifest, versions
 
 BEGUN = "begun.json"
 PROGRESS = "progress.json"  # the last file of a checkpoint that is written: without it the checkpoint is not whole
-PLACES = ("model", "on", "data", "eval_data", "sft_data", "pref_data")
+PLACES = ("model", "on", "data", "eval_data", "sft_data", "pref_data")  # of files, which are compared by content
 
 
 def leads() -> bool:
@@ -89,7 +89,7 @@ def _identity(described: Mapping[str, Any]) -> dict[str, Any]:
     base = described["base"]
     recipe = {key: value for key, value in described["recipe"].items() if key not in PLACES}
     return {"command": described["command"], "recipe": recipe, "data": described["inputs"], "base": base["content_sha256"],
-            "on": base.get("on", {}).get("content_sha256")}
+            "on": base.get("on", {}).get("content_sha256"), "reference": described.get("reference_sha256")}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -119,7 +119,7 @@ def work_dir(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bo
             yield work
         except BaseException as error:
             checkpoint = newest(directory)
-            if checkpoint is None:
+            if not _of_use(directory):
                 shutil.rmtree(directory, ignore_errors=True)
             _explain(error, directory, checkpoint)
             raise
@@ -156,7 +156,7 @@ def _choose(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: boo
     directory = place(out)
     checkpoint = newest(directory)
     if checkpoint is None:
-        if resume:
+        if resume and not _of_use(directory):
             say(f"note: {directory} holds no checkpoint; starting at the beginning", quiet=quiet)
         return None
     if not resume:
@@ -196,6 +196,11 @@ def newest(directory: Path) -> Path | None:
     """The last whole checkpoint from which steps are left to do."""
     found = [path for path in directory.glob("checkpoint-*") if whole(path) and not _at_the_end(path)]
     return max(found, key=step_of, default=None)
+
+
+def _of_use(directory: Path) -> bool:
+    """Does it hold a checkpoint, of this training or of its reference's, or a reference that was trained to its end?"""
+    return any(newest(path) for path in (directory, *directory.glob("*.partial"))) or any(directory.glob(f"*/{MANIFEST}"))
 
 
 def step_of(checkpoint: Path) -> int:
