@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from datasets import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
@@ -25,13 +26,15 @@ class Keeper(TrainerCallback):
     """Completes the checkpoints of ``trainer`` in ``work`` and, where that has one to go on from, restores them.
 
     No checkpoint is made of the last step (OUT itself is next), unless the best one is wanted, which the last may be. Old ones
-    are removed only when the new one is whole, the best one never: ``save_total_limit`` of them stay.
+    are removed only when the new one is whole, the best one never: ``save_total_limit`` of them stay. Where a stream is read for
+    the second time, `Trainer` would not find its place again: the checkpoints of the first time stay the last to go on from.
     """
 
     def __init__(self, trainer: Any, work: Work) -> None:
         self.trainer, self.work = trainer, work
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-        self.postponed = False
+        self.postponed, self.passes = False, 0
+        self.stream = isinstance(trainer.train_dataset, IterableDataset)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.work.checkpoint is None:
@@ -44,6 +47,13 @@ class Keeper(TrainerCallback):
             for mode, values in modes.items():
                 getattr(self.trainer, name)[mode] = defaultdict(list, values)
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.passes += 1
+
+    @property
+    def lost(self) -> bool:
+        return self.stream and self.passes > 1
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation or a log line at the end of an epoch belongs to its last step: the checkpoint comes after it."""
         late = IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy)
@@ -55,7 +65,7 @@ class Keeper(TrainerCallback):
         self.postponed = False
 
     def _useful(self, args: Any, control: Any) -> bool:
-        return args.load_best_model_at_end or not control.should_training_stop
+        return args.load_best_model_at_end or not (control.should_training_stop or self.lost)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """The last record speaks of all steps, so its seconds do too."""
@@ -68,7 +78,7 @@ class Keeper(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         loss = trainer.accelerator.gather(trainer._tr_loss).mean().item()
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or self.lost:
             return
         saved = {"loss": loss,
                  "numbers": {name: getattr(trainer, name) for name in NUMBERS if hasattr(trainer, name)},
