@@ -15,6 +15,14 @@ MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directo
 ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both.")
 L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
+L1_HOW = options.stack(
+    click.option("--l1-solver", type=click.Choice(["subgradient", "proximal"]),
+                 help="The paper's, or exact zeros in rows of B and columns of A  [default: subgradient]."),
+    click.option("--l1-warmup", metavar="NUMBER", type=click.FloatRange(min=0),
+                 help="Raise λ from 0 in so many steps, or below 1 in that share of them."),
+    click.option("--l1-target-sparsity", metavar="SHARE", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+                 help="Find the λ at which this share of δ is zero, instead of --l1."),
+)
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
                     help="β of the DPO loss  [default: 0.1].")
 DATA = options.stack(
@@ -31,7 +39,7 @@ LAST = options.stack(
 
 
 @click.command("train-sft")
-@options.stack(MODEL, DATA, options.out_option, L1, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, L1, L1_HOW, ON, LAST)
 def train_sft(**given: Any) -> None:
     """Train an SFT adapter, sparse with --l1.
 
@@ -44,7 +52,7 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@options.stack(MODEL, DATA, options.out_option, BETA, L1, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, BETA, L1, L1_HOW, ON, LAST)
 def train_dpo(**given: Any) -> None:
     """Train a DPO adapter; its reference is the base.
 
@@ -65,7 +73,7 @@ def train_dpo(**given: Any) -> None:
     click.option("--method", type=click.Choice(["mix"]), help="How the objectives share the steps  [default: mix]."),
     click.option("--lam", metavar="NUMBER", type=click.FloatRange(0, 1),
                  help="λ weights DPO: λ·DPO + (1-λ)·SFT  [default: 0.5]."),
-    BETA, L1, ON, LAST,
+    BETA, L1, L1_HOW, ON, LAST,
 )
 def train_joint(**given: Any) -> None:
     """Train both objectives in one process, to compare with.

@@ -10,6 +10,9 @@ here either, and a λ does not carry over between models of different size. Valu
 come out of one pass over row tiles, in float32 (float64 for float64 factors): only factor-sized tensors are kept, where plain
 autograd would keep every m x n product until the backward pass, a second copy of the model. ½‖δ‖² = ½s²·tr((AAᵀ)(BᵀB)) needs
 no product at all. TRL and PEFT have no such term.
+
+With DoRA, W' = m·(W + sBA)/‖W + sBA‖, the product s·B·A is penalised and counted, not W' - W: the magnitudes m are not in it,
+and where one of them moves, a whole row of W' - W is dense. An embedding's δ is (s·B·A)ᵀ, which has the same sums.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ TILE = 1 << 18  # entries of a product tile: 1 MB in float32, so that it stays i
 
 
 class Factors(NamedTuple):
-    """One adapted layer: δ = scale·B·A."""
+    """One adapted layer: δ = scale·B·A. Under FSDP2, A and B are DTensors; `whole` gathers them."""
 
     name: str
     A: Tensor
@@ -36,7 +39,7 @@ class Factors(NamedTuple):
 class _ProductL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor) -> Tensor:
-        a, b = _accurate(A.detach()), _accurate(B.detach())
+        a, b = accurate(A.detach()), accurate(B.detach())
         with torch.autocast(a.device.type, enabled=False):
             total, grad_a, grad_b = _l1_and_gradients(a, b)
         ctx.save_for_backward(grad_a, grad_b)
@@ -53,7 +56,7 @@ class _ProductL1(torch.autograd.Function):
 def _l1_and_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_a, grad_b = torch.zeros_like(a), torch.empty_like(b)
     total = torch.zeros((), dtype=torch.float64 if a.device.type == "cpu" else a.dtype, device=a.device)
-    for rows in _tiles(b.shape[0], a.shape[1]):
+    for rows in tiles(b.shape[0], a.shape[1]):
         tile = b[rows] @ a
         total += torch.linalg.vector_norm(tile, 1)
         sign = tile.sign_()
@@ -70,25 +73,44 @@ def product_l1(A: Tensor, B: Tensor) -> Tensor:
 def product_half_square(A: Tensor, B: Tensor) -> Tensor:
     """½·Σ(B·A)² = ½·tr((A Aᵀ)(Bᵀ B)), differentiable; costs r x r Gram matrices only."""
     with torch.autocast(A.device.type, enabled=False):
-        a, b = _accurate(A), _accurate(B)
+        a, b = accurate(A), accurate(B)
         return 0.5 * ((a @ a.T) * (b.T @ b)).sum()
 
 
-def lora_factors(model: torch.nn.Module, adapter: str = "default") -> Iterator[Factors]:
-    """The live factors of an adapter's linear layers, in module order (PEFT's Linear and Conv1D wrappers)."""
+def lora_factors(model: torch.nn.Module, adapter: str | None = None) -> Iterator[Factors]:
+    """The live factors of an adapter, in module order: linear layers, Conv1D and embeddings.
+
+    ``adapter`` None means what is being trained: the active adapters whose factors take gradients. A reference or a frozen
+    adapter on the same model does not count; two that train at once count one by one, not as their sum.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            yield Factors(name, module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])  # type: ignore[arg-type]
+        if not isinstance(module, LoraLayer):
+            continue
+        for each in module.active_adapters if adapter is None else [adapter]:
+            if (pair := _pair(module, each)) and (adapter or any(factor.requires_grad for factor in pair)):
+                yield Factors(name, *pair, module.scaling[each])
+
+
+def _pair(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return None
 
 
 def nonlinear_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the layers whose LoRA is not ``s·B·A`` of a matrix (embeddings, convolutions): the penalty cannot see them."""
+    """Names of the layers whose LoRA is not ``s·B·A`` of one matrix (convolutions, stacked experts): the penalty cannot see them."""
     from peft.tuners.lora import LoraLayer
 
-    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer)
-            and not (module.lora_A and all(factor.weight.dim() == 2 for factor in module.lora_A.values()))]  # type: ignore[operator]
+    def is_product(layer: Any) -> bool:
+        pairs = [_pair(layer, adapter) for adapter in layer.scaling]
+        one = getattr(layer, "num_experts", 1) == 1
+        return one and bool(pairs) and all(pair is not None and pair[0].dim() == pair[1].dim() == 2 for pair in pairs)
+
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer) and not is_product(module)]
 
 
 def penalty(model: torch.nn.Module, *, l1: float, l2: float, scaled: bool = True) -> tuple[Tensor, Tensor]:
@@ -96,6 +118,7 @@ def penalty(model: torch.nn.Module, *, l1: float, l2: float, scaled: bool = True
     term, size = [], []
     for _, A, B, s in lora_factors(model):
         s = abs(s) if scaled else 1.0
+        A, B = whole(A), whole(B)
         if l1:
             size.append(s * product_l1(A, B))
             term.append(l1 * size[-1])
@@ -105,24 +128,18 @@ def penalty(model: torch.nn.Module, *, l1: float, l2: float, scaled: bool = True
     return torch.stack(term).sum(), norm
 
 
-@torch.no_grad()
-def share_below(model: torch.nn.Module, threshold: float = 1e-5, *, scaled: bool = True) -> float:
-    """PAFT's sparsity while training: the share of all entries with |δ| < threshold (lr-dependent; see the report)."""
-    below = entries = 0
-    for _, A, B, s in lora_factors(model):
-        bound = threshold / (abs(s) if scaled else 1.0)
-        a, b = _accurate(A), _accurate(B)
-        for rows in _tiles(b.shape[0], a.shape[1]):
-            below += int(((b[rows] @ a).abs() < bound).sum())
-        entries += b.shape[0] * a.shape[1]
-    return below / max(entries, 1)
-
-
-def _tiles(rows: int, columns: int) -> Iterator[slice]:
+def tiles(rows: int, columns: int) -> Iterator[slice]:
+    """Row ranges of a product with at most TILE entries each."""
     step = max(1, TILE // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _accurate(factor: Tensor) -> Tensor:
+def accurate(factor: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
     return factor if factor.dtype == torch.float64 else factor.float()
+
+
+def whole(factor: Tensor) -> Tensor:
+    """All rows of a factor that FSDP2 shards (an all-gather; its gradient is sharded again), any other as it is."""
+    return factor.full_tensor() if hasattr(factor, "full_tensor") else factor  # type: ignore[attr-defined]

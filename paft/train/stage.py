@@ -213,11 +213,12 @@ def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged training values and, with evaluation data, the held-out loss (never with the penalty in it)."""
-    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss")
+    """The last logged losses, the L1 term of the adapter as it ended and, with evaluation data, the held-out loss (never with the penalty in it)."""
+    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:
         last.update({key: record[key] for key in wanted if key in record})
+    last.update(trainer.sparsity())
     if evaluate:
         held = trainer.evaluate()
         last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})

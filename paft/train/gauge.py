@@ -1,0 +1,85 @@
+"""What an adapter is while it trains: how large, how sparse, and how λ compares with the gradient of one weight entry.
+
+All numbers are over all entries of all trained layers, with δ = s·B·A (or B·A, see `penalty`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paft.train.l1 import Factors, accurate, lora_factors, product_half_square, tiles, whole
+
+
+class Gauge(NamedTuple):
+    """``l1`` = ‖δ‖₁, ``l2`` = ‖δ‖₂ and shares of all entries.
+
+    ``below`` counts |δ| < threshold (PAFT's sparsity; it depends on the learning rate), ``zero`` the entries that are exactly
+    zero because their row of B or their column of A is. ``zero_rows`` and ``zero_columns`` are shares of all such groups;
+    ``dead_ranks`` counts the ranks k with B[:, k] = 0 and A[k] = 0, which no gradient can move again.
+    """
+
+    entries: int
+    l1: float
+    l2: float
+    below: float
+    zero: float
+    zero_rows: float
+    zero_columns: float
+    dead_ranks: int
+
+    @property
+    def hoyer(self) -> float:
+        """(√N - ‖δ‖₁/‖δ‖₂)/(√N - 1): 0 for equal entries, .20 for Gaussian ones, 1 for a single one; NaN for δ = 0."""
+        root = math.sqrt(self.entries)
+        return (root - self.l1 / self.l2) / (root - 1) if self.l2 and self.entries > 1 else math.nan
+
+
+@torch.no_grad()
+def gauge(model: torch.nn.Module, threshold: float = 1e-5, *, scaled: bool = True, slack: float = 0.0) -> Gauge:
+    """Measure the trained adapter in one pass over product tiles; ``slack`` raises the threshold by slack·|s|·‖A_j‖₂ per column."""
+    found = [_layer(factors, threshold, scaled, slack) for factors in lora_factors(model)]
+    if not found:
+        return Gauge(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    entries, l1, square, below, zero, rows, zero_rows, columns, zero_columns, dead = (sum(each) for each in zip(*found, strict=True))
+    return Gauge(int(entries), l1, math.sqrt(square), below / entries, zero / entries, zero_rows / rows,
+                 zero_columns / columns, int(dead))
+
+
+def _layer(factors: Factors, threshold: float, scaled: bool, slack: float) -> tuple[float, ...]:
+    s = abs(factors.scale) if scaled else 1.0
+    a, b = accurate(whole(factors.A)), accurate(whole(factors.B))
+    bound = threshold / s + slack * torch.linalg.vector_norm(a, dim=0)
+    l1 = below = 0.0
+    for part in tiles(b.shape[0], a.shape[1]):
+        tile = (b[part] @ a).abs_()
+        l1 += float(tile.sum(dtype=torch.float64))
+        below += int((tile < bound).sum())
+    rows, columns = (int((factor == 0).all(dim).sum()) for factor, dim in ((b, 1), (a, 0)))
+    dead = int(((b == 0).all(0) & (a == 0).all(1)).sum())
+    m, n = b.shape[0], a.shape[1]
+    square = 2 * s**2 * float(product_half_square(a.double(), b.double()))
+    return m * n, s * l1, square, below, m * n - (m - rows) * (n - columns), m, rows, n, columns, dead
+
+
+def entry_gradient(layers: Iterable[tuple[Factors, Tensor]]) -> float:
+    """Estimate the root mean square of ∂L/∂W over all entries from the gradients of B: the unit of a relative λ.
+
+        ∂L/∂B = s·G·Aᵀ with G = ∂L/∂W (m x n),   so   ‖G‖² ≈ n·‖∂L/∂B‖² / (s²·‖A‖²)
+
+    which is exact on average for an A of random directions, PEFT's start. Once A has turned towards the gradient it is too
+    high. ``layers`` pairs each layer with ∂L_task/∂B. An entry of δ can stay zero only while |G_ij| <= λ.
+    """
+    square = entries = 0.0
+    for (_, A, B, s), grad in layers:
+        a, g = accurate(whole(A.detach())), accurate(whole(grad))
+        m, n = B.shape[0], A.shape[1]
+        size = float(a.square().sum())
+        if size:
+            square += n * float(g.square().sum()) / (s**2 * size)
+            entries += m * n
+    return math.sqrt(square / entries) if entries else 0.0
