@@ -20,8 +20,8 @@ after AdamW's step in the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,29 +38,64 @@ def mean_alignment(rank: int) -> float:
     return math.exp(math.lgamma(rank / 2) - math.lgamma((rank + 1) / 2)) / math.sqrt(math.pi)
 
 
+class Group(NamedTuple):
+    """The rows of a B or the columns of an A: their norms, and what a proximal step takes off them."""
+
+    factor: Tensor
+    dim: int
+    norm: Tensor
+    threshold: Tensor
+
+    def scale(self, by: Tensor) -> None:
+        full = whole(self.factor)
+        _write(self.factor, (accurate(full) * by.unsqueeze(self.dim)).to(full.dtype))
+
+
+def _groups(layers: Iterable[Factors], optimizer: Any, strength: float, scaled: bool, rate: str) -> Iterator[Group]:
+    """B's rows, then A's columns, layer by layer; each is computed when it is asked for, so A's threshold sees the new B."""
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for _, A, B, s in layers:
+        weight = strength * (abs(s) if scaled else 1.0) * mean_alignment(A.shape[0])
+        for factor, dim, other in ((B, 1, A), (A, 0, B)):
+            if not factor.requires_grad or (adaptive(optimizer) and not optimizer.state.get(factor)):
+                continue  # frozen, or without a gradient so far
+            group = groups[id(factor)]
+            others = torch.linalg.vector_norm(accurate(whole(other)), dim=1 - dim).sum()
+            threshold = group.get(rate, group["lr"]) * weight * others / divisor(optimizer, group, factor).mean(dim)
+            yield Group(factor, dim, torch.linalg.vector_norm(accurate(whole(factor)), dim=dim), threshold)
+
+
 @torch.no_grad()
 def proximal_step(layers: Iterable[Factors], optimizer: Any, strength: float, *, scaled: bool = True) -> None:
     """Shrink rows of B, then columns of A, by ``strength`` = λ·κ; call it after ``optimizer.step`` with the rate of that step.
 
     Raises UsageError for an optimiser whose step is not a gradient divided by something that can be read.
     """
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    for _, A, B, s in layers:
-        weight = strength * (abs(s) if scaled else 1.0) * mean_alignment(A.shape[0])
-        for factor, dim, other, other_dim in ((B, 1, A, 0), (A, 0, B, 1)):
-            if factor.grad is None:
-                continue  # frozen, or not in this step
-            group = groups[id(factor)]
-            norms = torch.linalg.vector_norm(accurate(whole(other)), dim=other_dim).sum()
-            threshold = group["lr"] * weight * norms / divisor(optimizer, group, factor).mean(dim)
-            _shrink(factor, threshold, dim)
+    for group in _groups(layers, optimizer, strength, scaled, "lr"):
+        group.scale(torch.where(group.norm > group.threshold, 1 - group.threshold / group.norm, 0.0))
 
 
-def _shrink(factor: Tensor, threshold: Tensor, dim: int) -> None:
-    full = whole(factor)
-    norm = torch.linalg.vector_norm(accurate(full), dim=dim)
-    keep = torch.where(norm > threshold, 1 - threshold / norm, 0.0).unsqueeze(dim)
-    _write(factor, (accurate(full) * keep).to(full.dtype))
+@torch.no_grad()
+def settle(layers: Iterable[Factors], optimizer: Any, strength: float, *, scaled: bool = True) -> None:
+    """Zero the groups that one step at the schedule's base rate would zero, and leave the others as they are.
+
+    For the end of a run: noise lifts resting groups by parts of a step, and with a rate near zero they do not fall back.
+    """
+    for group in _groups(layers, optimizer, strength, scaled, "initial_lr"):
+        group.scale((group.norm > group.threshold).to(group.norm.dtype))
+
+
+@torch.no_grad()
+def settled(layers: Iterable[Factors], optimizer: Any, strength: float, *, scaled: bool = True) -> float:
+    """The share of δ that `settle` would leave at exactly zero."""
+    zero = entries = 0
+    for factors in layers:
+        left = {0: factors.A.shape[1], 1: factors.B.shape[0]}
+        entries += left[0] * left[1]
+        for group in _groups([factors], optimizer, strength, scaled, "initial_lr"):
+            left[group.dim] = int((group.norm > group.threshold).sum())
+        zero += factors.A.shape[1] * factors.B.shape[0] - left[0] * left[1]
+    return zero / max(entries, 1)
 
 
 def _write(factor: Any, value: Tensor) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from paft.train.gauge import Gauge, entry_gradient, gauge
 from paft.train.l1 import Factors, lora_factors, penalty, whole
-from paft.train.proximal import adaptive, proximal_step
+from paft.train.proximal import adaptive, proximal_step, settle, settled
 from paft.train.target import START, interval, largest, moved, slack
 
 if TYPE_CHECKING:
@@ -97,16 +97,21 @@ class L1Term(TrainerCallback, ExportableState):
             return
         self.travel += max(group["lr"] for group in optimizer.param_groups) ** 2
         if self.active and self.proximal:
-            proximal_step(lora_factors(model), optimizer, self.now * self.clip, scaled=self.scaled)
+            act = settle if state.global_step + 1 == state.max_steps else proximal_step
+            act(lora_factors(model), optimizer, self.now * self.clip, scaled=self.scaled)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, lr_scheduler: Any,
                     **kwargs: Any) -> None:
         target, step = self.options["l1_target_sparsity"], state.global_step
         if target is not None and step > self.warmup and step % interval(state.max_steps) == 0:
-            swing = slack(lr_scheduler, state.max_steps) if adaptive(optimizer) else 0.0
-            measured = gauge(model, scaled=self.scaled, slack=swing)
-            share = measured.zero if self.proximal else measured.below
-            self.strength = moved(self.strength or 0.0, share, target, self.peak)
+            self.strength = moved(self.strength or 0.0, self._share(model, optimizer, lr_scheduler, state), target, self.peak)
+
+    def _share(self, model: Any, optimizer: Any, lr_scheduler: Any, state: Any) -> float:
+        """The share that the controller steers by: what would be zero if the run ended here."""
+        if self.proximal:
+            return settled(lora_factors(model), optimizer, self.now * self.clip, scaled=self.scaled)
+        swing = slack(lr_scheduler, state.max_steps) if adaptive(optimizer) else 0.0
+        return gauge(model, scaled=self.scaled, slack=swing).below
 
     # What is told.
 
