@@ -36,9 +36,12 @@ class Progress:
     def _draw(self, done: int, spent: float, note: str) -> None:
         eta = spent / done * (self.total - done) if done else float("nan")
         if self.terminal:
-            filled = round(20 * done / self.total)
-            bar = "━" * filled + "╌" * (20 - filled)
-            line = f"{self.label:<26.26} {bar} {done}/{self.total}  {_clock(eta)} left  {note}"[:79]
+            text = f"{done}/{self.total}  {_clock(eta)} left  {note}"
+            room = 77 - len(text)  # a long note shortens the bar first, then the label
+            size = min(20, max(0, room - 10))
+            filled = round(size * done / self.total)
+            label = self.label[: max(0, min(26, room - size))].ljust(min(26, max(0, room - size)))
+            line = f"{label} {'━' * filled}{'╌' * (size - filled)} {text}"[:79]
             sys.stderr.write("\r" + line.ljust(self.width))
             self.width = len(line)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from paft.cli import options
+from paft.errors import UsageError
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
 
 MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`.")
@@ -88,6 +89,9 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     common = {key: given.pop(key) for key in ("file", "sets", "out", "overwrite", "dry_run", "as_json", "quiet", "traceback")}
     file = options.recipe_file(common["file"])
     recipe = load(kind, file, common["sets"], given)
+    if not recipe.l1 and recipe.l1_target_sparsity is None and (given["l1_solver"] or given["l1_warmup"]):
+        raise UsageError("--l1-solver and --l1-warmup act on the L1 term, and there is none",
+                         hint="add --l1 1e-4 or --l1-target-sparsity 0.9")
     out = common["out"] or Path("adapters") / (file.stem if file else name)
 
     from paft.models import quiet_libraries
@@ -100,7 +104,7 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
     manifest = stage.train(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
-    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1)), as_json=common["as_json"])
+    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1 or recipe.l1_target_sparsity)), as_json=common["as_json"])
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
@@ -114,7 +118,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
 def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
-             "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
+             "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5", "share_zero": "share exactly zero",
+             "l1_relative": "λ / rms entry gradient"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
     return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s", *textwrap.wrap(told, 79), f"next: {follow}"]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from paft.recipe import Lora, TrainRecipe
 
+# Optimisers whose step is a gradient divided by a second moment that `paft.train.proximal` can read.
+PROXIMAL = {"adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"}
+
 C = TypeVar("C", bound="TrainingArguments")
 
 # What paft itself decides: an output directory appears complete or not at all, and progress and logs are its own.
@@ -26,6 +29,16 @@ def lora_config(lora: Lora) -> LoraConfig:
 
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets,  # type: ignore[arg-type]
                       use_rslora=lora.rslora, task_type="CAUSAL_LM")
+
+
+def check_penalty(recipe: TrainRecipe) -> None:
+    """UsageError for keys of the L1 term that contradict each other."""
+    if recipe.l1 and recipe.l1_target_sparsity is not None:
+        raise UsageError(f"l1 is {recipe.l1:g}, and l1_target_sparsity looks for it", hint="set one of the two; --l1 0 clears l1")
+    optim = recipe.trainer.get("optim", "adamw_torch")
+    if recipe.l1_solver == "proximal" and optim not in PROXIMAL:
+        raise UsageError(f"the proximal solver does not know the steps of trainer.optim {optim}",
+                         hint=f"set it to one of {', '.join(sorted(PROXIMAL))}")
 
 
 def check_options(kind: type, options: dict[str, Any]) -> None:

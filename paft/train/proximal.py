@@ -29,7 +29,6 @@ from torch import Tensor
 from paft.errors import UsageError
 from paft.train.l1 import Factors, accurate, whole
 
-OPTIMISERS = "adamw_torch, adamw_torch_fused, rmsprop or sgd"
 ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -117,7 +116,7 @@ def divisor(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> Tensor:
         return whole(state["square_avg"]).sqrt() + group["eps"]
     if kind is torch.optim.SGD:
         return torch.ones_like(whole(parameter))
-    raise UsageError(f"the proximal solver does not know the steps of {kind.__name__}", hint=f"set trainer.optim to {OPTIMISERS}")
+    raise UsageError(f"the proximal solver does not know the steps of {kind.__name__}", hint="set trainer.optim to adamw_torch")
 
 
 def adaptive(optimizer: Any) -> bool:

@@ -26,7 +26,7 @@ from paft.provenance import content_hash as tensor_hash
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.tokens import boundary_moves
 from paft.train.l1 import nonlinear_layers
-from paft.train.options import check_options, lora_config, trainer_config
+from paft.train.options import check_options, check_penalty, lora_config, trainer_config
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
 Rows = dict[str, list[Row]]
@@ -147,8 +147,9 @@ def _config_kind(recipe: AnyRecipe) -> Any:
 
 
 def check_trainer(recipe: AnyRecipe) -> None:
-    """UsageError for a ``trainer`` option that TRL does not have; loads no model."""
+    """UsageError for a ``trainer`` option that TRL does not have, or an L1 term that cannot be; loads no model."""
     check_options(_config_kind(recipe), recipe.trainer)
+    check_penalty(recipe)
 
 
 def _is_chat(rows: Rows) -> bool:
@@ -223,7 +224,7 @@ def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
         held = trainer.evaluate()
         last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
     last["steps"] = trainer.state.global_step
-    return {key: round(float(value), 6) for key, value in last.items() if math.isfinite(float(value))}
+    return {key: float(f"{value:.6g}") for key, value in last.items() if math.isfinite(float(value))}
 
 
 def _start(recipe: AnyRecipe) -> Adapter | None:
