@@ -37,11 +37,11 @@ class Progress:
         eta = spent / done * (self.total - done) if done else float("nan")
         if self.terminal:
             text = f"{done}/{self.total}  {_clock(eta)} left  {note}"
-            room = 77 - len(text)  # a long note shortens the bar first, then the label
-            size = min(20, max(0, room - 10))
+            room = 77 - len(text)  # a long note shortens the bar, then the label, and is cut itself at last
+            size = max(8, min(20, room - 10))
+            width = max(10, min(26, room - size))
             filled = round(size * done / self.total)
-            label = self.label[: max(0, min(26, room - size))].ljust(min(26, max(0, room - size)))
-            line = f"{label} {'━' * filled}{'╌' * (size - filled)} {text}"[:79]
+            line = f"{self.label[:width]:<{width}} {'━' * filled}{'╌' * (size - filled)} {text}"[:79]
             sys.stderr.write("\r" + line.ljust(self.width))
             self.width = len(line)
         else:
