@@ -20,7 +20,8 @@ def adapted(base: str) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
+    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,11 +90,12 @@ def _fsdp2(base: str, rows: Tensor) -> dict[str, Any]:
     return {"gradients": gradients(core), "stepped": step(core, 1e-2)}
 
 
-def trained(base: str, scratch: Path, batch: int, **fields: Any) -> dict[str, Any]:
+def trained(base: str, scratch: Path, batch: int) -> dict[str, Any]:
     """Factors, log and λ after an SFT run with ``batch`` rows a process."""
     from test_train_penalised import sft_trainer, start_away_from_zero
     from trainkit import factors
 
-    trainer = start_away_from_zero(sft_trainer(Path(base), scratch, l1=1e-3, trainer={**TRAIN, "per_device_train_batch_size": batch}, **fields))
+    options = {**TRAIN, "per_device_train_batch_size": batch}
+    trainer = start_away_from_zero(sft_trainer(Path(base), scratch, l1=1e-3, trainer=options))
     trainer.train()
     return {"factors": factors(trainer), "log": trainer.state.log_history}

@@ -104,7 +104,8 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
     manifest = stage.train(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
-    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, bool(recipe.l1 or recipe.l1_target_sparsity)), as_json=common["as_json"])
+    lines = _result_lines(manifest, out, bool(recipe.l1 or recipe.l1_target_sparsity))
+    options.show(manifest | {"out": str(out)}, lines, as_json=common["as_json"])
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from paft.errors import MismatchError
 from paft.progress import Progress, say
 
-
 COLLAPSE = """warning: the adapter is collapsing to zero, not becoming sparse: its norm is
   {l1_reach:.2g} of what noise alone would make at this learning rate; lower λ, now {l1_lambda:.2g}"""
 
@@ -28,12 +27,12 @@ def note(logs: dict[str, Any]) -> str:
 
 
 def collapsing(logs: dict[str, Any]) -> bool:
-    """Small, not sparse: next to nothing is above 1e-5, and what is does not reach a tenth of what noise alone would make.
+    """Small, not sparse: most of δ is below 1e-5, and its norm is below a twentieth of what noise alone would make.
 
     A sparse adapter of the same share keeps a norm (Adam gives each entry that moves a way of its own); an adapter that is small
     because its learning rate is, is small by the same measure and no concern of the penalty. See `L1Term.reach`.
     """
-    return logs["share_below_1e-5"] > 0.95 and logs["l1_reach"] < 0.1
+    return logs["share_below_1e-5"] > 0.5 and logs["l1_reach"] < 0.05
 
 
 class Watch(TrainerCallback):

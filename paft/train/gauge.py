@@ -41,11 +41,12 @@ class Gauge(NamedTuple):
 
 @torch.no_grad()
 def gauge(model: torch.nn.Module, threshold: float = 1e-5, *, scaled: bool = True, slack: float = 0.0) -> Gauge:
-    """Measure the trained adapter in one pass over product tiles; ``slack`` raises the threshold by slack·|s|·‖A_j‖₂ per column."""
+    """Measure the trained adapter in one pass over tiles; ``slack`` raises the threshold of column j by slack·|s|·‖A_j‖₂."""
     found = [_layer(factors, threshold, scaled, slack) for factors in lora_factors(model)]
     if not found:
         return Gauge(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-    entries, l1, square, below, zero, rows, zero_rows, columns, zero_columns, dead = (sum(each) for each in zip(*found, strict=True))
+    sums = [sum(each) for each in zip(*found, strict=True)]
+    entries, l1, square, below, zero, rows, zero_rows, columns, zero_columns, dead = sums
     return Gauge(int(entries), l1, math.sqrt(square), below / entries, zero / entries, zero_rows / rows,
                  zero_columns / columns, int(dead))
 

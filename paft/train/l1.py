@@ -102,7 +102,7 @@ def _pair(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 
 def nonlinear_layers(model: torch.nn.Module) -> list[str]:
-    """Names of the layers whose LoRA is not ``s·B·A`` of one matrix (convolutions, stacked experts): the penalty cannot see them."""
+    """Names of the layers whose LoRA is not ``s·B·A`` of one matrix (convolutions, stacked experts): nothing sees them."""
     from peft.tuners.lora import LoraLayer
 
     def is_product(layer: Any) -> bool:

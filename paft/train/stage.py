@@ -214,7 +214,7 @@ def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged losses, the L1 term of the adapter as it ended and, with evaluation data, the held-out loss (never with the penalty in it)."""
+    """The last logged losses, the L1 term as it ended and, with evaluation data, the held-out loss (never with the penalty)."""
     wanted = ("loss", "task_loss", "dpo_loss", "sft_loss")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:

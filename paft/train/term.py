@@ -1,6 +1,6 @@
 """The L1 term of one run: which λ holds at which step, who applies it, and what is told about it.
 
-    λ_t = λ·min(1, t/W)        t optimiser steps done, W = ``warmup`` steps (below 1: that share of the run, as TRL's warmup_steps)
+    λ_t = λ·min(1, t/W)        t optimiser steps done, W = ``l1_warmup`` steps (below 1: a share, as TRL's warmup_steps)
 
 With a target the controller of `paft.train.target` moves λ. The state lies in the checkpoint, so that a resumed run goes on as
 if it had not been cut.
@@ -31,8 +31,8 @@ FIELDS = ("l1", "l2", "l1_scaled", "l1_solver", "l1_warmup", "l1_target_sparsity
 class L1Term(TrainerCallback, ExportableState):
     """Follows a trainer's steps; `Penalised` asks it for the term of the loss and for the numbers of a log record.
 
-    ``strength`` is λ before the warm-up, ``now`` the λ of this step. ``unit`` is the last estimate of rms(G), ``peak`` the largest;
-    ``travel`` is Σ lr², see `reach`. ``clip`` is the factor by which the last gradients were clipped, set by the trainer.
+    ``strength`` is λ before the warm-up, ``now`` the λ of this step. ``unit`` is the last estimate of rms(G), ``peak`` the
+    largest; ``travel`` is Σ lr², see `reach`. ``clip`` is the factor by which the trainer clipped the last gradients.
     """
 
     def __init__(self, **options: Any) -> None:
