@@ -45,26 +45,29 @@ def gauge(model: torch.nn.Module, threshold: float = 1e-5, *, scaled: bool = Tru
     found = [_layer(factors, threshold, scaled, slack) for factors in lora_factors(model)]
     if not found:
         return Gauge(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-    sums = [sum(each) for each in zip(*found, strict=True)]
+    sums = torch.stack([each.to(found[0].device) for each in found]).sum(0).tolist()
     entries, l1, square, below, zero, rows, zero_rows, columns, zero_columns, dead = sums
-    return Gauge(int(entries), l1, math.sqrt(square), below / entries, zero / entries, zero_rows / rows,
+    return Gauge(int(entries), l1, math.sqrt(max(square, 0.0)), below / entries, zero / entries, zero_rows / rows,
                  zero_columns / columns, int(dead))
 
 
-def _layer(factors: Factors, threshold: float, scaled: bool, slack: float) -> tuple[float, ...]:
+def _layer(factors: Factors, threshold: float, scaled: bool, slack: float) -> Tensor:
+    """The ten numbers that `gauge` sums, as a tensor on the device: one transfer at the end, not one per number."""
     s = abs(factors.scale) if scaled else 1.0
     a, b = accurate(whole(factors.A)), accurate(whole(factors.B))
     bound = threshold / s + slack * torch.linalg.vector_norm(a, dim=0)
-    l1 = below = 0.0
-    for part in tiles(b.shape[0], a.shape[1]):
+    l1, below = a.new_zeros((), dtype=torch.float64), a.new_zeros((), dtype=torch.float64)
+    for part in tiles(b.shape[0], a.shape[1], a.device):
         tile = (b[part] @ a).abs_()
-        l1 += float(tile.sum(dtype=torch.float64))
-        below += int((tile < bound).sum())
-    rows, columns = (int((factor == 0).all(dim).sum()) for factor, dim in ((b, 1), (a, 0)))
-    dead = int(((b == 0).all(0) & (a == 0).all(1)).sum())
-    m, n = b.shape[0], a.shape[1]
-    square = 2 * s**2 * float(product_half_square(a.double(), b.double()))
-    return m * n, s * l1, square, below, m * n - (m - rows) * (n - columns), m, rows, n, columns, dead
+        l1 += tile.sum(dtype=torch.float64)
+        below += (tile < bound).sum()
+    no_row, no_column = (b == 0).all(1), (a == 0).all(0)
+    dead = ((b == 0).all(0) & (a == 0).all(1)).sum()
+    square = 2 * s**2 * product_half_square(a.double(), b.double())
+    m, n, rows, columns = len(no_row), len(no_column), no_row.sum(), no_column.sum()
+    zero = m * n - (m - rows) * (n - columns)
+    sizes = l1.new_tensor([m * n, m, n])
+    return torch.stack([sizes[0], s * l1, square, below, zero, sizes[1], rows, sizes[2], columns, dead])
 
 
 def entry_gradient(layers: Iterable[tuple[Factors, Tensor]]) -> float:
@@ -75,12 +78,10 @@ def entry_gradient(layers: Iterable[tuple[Factors, Tensor]]) -> float:
     which is exact on average for an A of random directions, PEFT's start. Once A has turned towards the gradient it is too
     high. ``layers`` pairs each layer with ∂L_task/∂B. An entry of δ can stay zero only while |G_ij| <= λ.
     """
-    square = entries = 0.0
+    squares, entries = [], 0
     for (_, A, B, s), grad in layers:
         a, g = accurate(whole(A.detach())), accurate(whole(grad))
-        m, n = B.shape[0], A.shape[1]
-        size = float(a.square().sum())
-        if size:
-            square += n * float(g.square().sum()) / (s**2 * size)
-            entries += m * n
-    return math.sqrt(square / entries) if entries else 0.0
+        size = a.square().sum()
+        squares.append(torch.where(size > 0, a.shape[1] * g.square().sum() / (s**2 * size), 0.0))
+        entries += B.shape[0] * A.shape[1]
+    return math.sqrt(torch.stack(squares).sum().item() / entries) if entries else 0.0

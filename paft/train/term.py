@@ -135,8 +135,9 @@ class L1Term(TrainerCallback, ExportableState):
         Adam divides by the size of the gradient, so gradients of pure noise make each entry of B a random walk with steps of lr.
         A trained adapter is above 1, a sparse one a little lower for the rows that rest; one that is held at zero is far below.
         """
-        square = sum(((s if self.scaled else 1.0) * whole(A).norm().item()) ** 2 * B.shape[0]
-                     for _, A, B, s in lora_factors(model))
+        squares = [B.shape[0] * (s if self.scaled else 1.0) ** 2 * whole(A).float().square().sum()
+                   for _, A, B, s in lora_factors(model)]
+        square = torch.stack(squares).sum().item()
         return measured.l2 / math.sqrt(self.travel * square) if square else 0.0
 
     def _task_gradients(self, model: Any) -> Iterator[tuple[Factors, Tensor]]:
