@@ -36,9 +36,12 @@ class Progress:
     def _draw(self, done: int, spent: float, note: str) -> None:
         eta = spent / (done - self.before) * (self.total - done) if done > self.before else float("nan")
         if self.terminal:
-            filled = round(20 * done / self.total)
-            bar = "━" * filled + "╌" * (20 - filled)
-            line = f"{self.label:<26.26} {bar} {done}/{self.total}  {_clock(eta)} left  {note}"[:79]
+            text = f"{done}/{self.total}  {_clock(eta)} left  {note}"
+            room = 77 - len(text)  # a long note shortens the bar, then the label, and is cut itself at last
+            size = max(8, min(20, room - 10))
+            width = max(10, min(26, room - size))
+            filled = round(size * done / self.total)
+            line = f"{self.label[:width]:<{width}} {'━' * filled}{'╌' * (size - filled)} {text}"[:79]
             sys.stderr.write("\r" + line.ljust(self.width))
             self.width = len(line)
         else:

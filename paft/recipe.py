@@ -44,6 +44,9 @@ class TrainRecipe(Strict):
     lora: Lora = Lora()
     l1: Coefficient = 0.0
     l1_scaled: bool = True
+    l1_solver: Literal["subgradient", "proximal"] = "subgradient"
+    l1_warmup: Coefficient = 0.0
+    l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient = 0.0
     seed: int = 0
     eval_fraction: Fraction = 0.0

@@ -32,7 +32,7 @@ def test_a_terminal_line_fits_and_is_wiped_at_the_end(monkeypatch: pytest.Monkey
     *drawn, wiped, end = terminal.getvalue().split("\r")[1:]
     assert len(drawn) == 4
     assert all(len(line) <= 79 for line in drawn)
-    assert "4/4" in drawn[-1] and drawn[-1].count("━") == 20
+    assert "4/4" in drawn[-1] and drawn[-1].count("━") == 8 and "L1 4.56e+03" in drawn[-1]
     assert "0:10 left" in drawn[2]  # 30 s for three of four
     assert not wiped.strip() and len(wiped) == len(drawn[-1]) and end == ""
 

@@ -69,7 +69,12 @@ def test_value_and_gradient_are_autograds(kind: torch.dtype, tolerance: float, t
 def test_the_share_of_small_entries_is_counted(tiny_base: Path) -> None:
     model, before = moved(tiny_base, torch.float32)
     small = sum(int(((theta - before[name]).abs() < 0.05).sum()) for name, theta in model.named_parameters())
-    assert Start(tiny_base, model).share_below(model, 0.05) == small / sum(theta.numel() for theta in model.parameters())
+    entries = sum(theta.numel() for theta in model.parameters())
+    same = sum(int((theta == before[name]).sum()) for name, theta in model.named_parameters())
+    size = sum(float((theta - before[name]).abs().sum(dtype=torch.float64)) for name, theta in model.named_parameters())
+    found = Start(tiny_base, model).measure(model, 0.05)
+    assert (found["share_below_1e-5"], found["share_zero"]) == (small / entries, same / entries)
+    assert found["l1"] == pytest.approx(size, rel=1e-12)
 
 
 def test_a_model_comes_out_whose_delta_a_merge_takes(tiny_base: Path, tmp_path: Path) -> None:
@@ -91,8 +96,7 @@ def test_a_model_comes_out_whose_delta_a_merge_takes(tiny_base: Path, tmp_path: 
     assert plain.config.use_cache is AutoConfig.from_pretrained(tiny_base).use_cache is True
     assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(tiny_base).chat_template
     norm = sum(float((theta[name].double() - before[name].double()).abs().sum()) for name in theta)
-    last = [record["l1"] for record in records(out) if "l1" in record]
-    assert last[0] == 0 and last[-1] < norm  # of the steps before the last
+    assert records(out)[0]["l1"] == 0 and manifest["metrics"]["l1"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_without_a_penalty_it_is_plain_trl(tiny_base: Path, tmp_path: Path) -> None:
@@ -157,5 +161,7 @@ def test_what_does_not_go_with_it(tiny_base: Path, make_adapter: Any, tmp_path: 
     on = recipe(tiny_base, on=str(make_adapter(tiny_base, 1)))
     assert "full does not go with --on" in refused(UsageError, on, tmp_path / "a", SFT_ROWS, exit_code=2).message
     refused(UsageError, JointRecipe(model=str(tiny_base), full=True), tmp_path / "a", SFT_ROWS, exit_code=2)
+    for fields in ({"l1": 1e-4, "l1_solver": "proximal"}, {"l1_target_sparsity": 0.5}):
+        refused(UsageError, recipe(tiny_base, **fields), tmp_path / "a", SFT_ROWS, exit_code=2)
     diverged = recipe(tiny_base, trainer={"max_steps": 1, "learning_rate": float("inf")})
     assert "NaN" in refused(MismatchError, diverged, tmp_path / "a", {"train": sft_rows(4), "eval": []}, exit_code=3).message

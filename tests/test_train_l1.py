@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from paft.train import l1
-from paft.train.l1 import lora_factors, penalty, product_half_square, product_l1, share_below
+from paft.train.l1 import lora_factors, nonlinear_layers, penalty, product_half_square, product_l1
 
 SHAPES = {"rows": st.integers(1, 17), "columns": st.integers(1, 17), "rank": st.integers(1, 5), "seed": st.integers(0, 99)}
 
@@ -55,12 +55,18 @@ def test_value_and_gradient_are_autograds(
     close(value_and_gradients(ours, A, B, weight), value_and_gradients(dense, A, B, weight), 1e-12)
 
 
-@pytest.mark.parametrize("tile", [1, 7, 40, 100])
-def test_tiles_do_not_matter(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", [1, 7, 40, 100, 1000])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_tiles_do_not_matter(tile: int, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles cut rows, large ones take several layers of one shape together."""
     monkeypatch.setattr(l1, "TILE", tile)
     for rows, columns in ((1, 9), (13, 9), (13, 1), (8, 50)):
-        A, B = factors(rows, columns, 3, tile)
-        close(value_and_gradients(product_l1, A, B), value_and_gradients(dense_l1, A, B), 1e-12)
+        pairs = [factors(rows, columns, 3, seed) for seed in range(layers)]
+        leaves = [pair[side] for side in (0, 1) for pair in pairs]
+        weights = torch.arange(1.0, layers + 1, dtype=torch.float64)
+        ours = l1._ProductL1.apply(*leaves) @ weights
+        dense = sum(weight * dense_l1(*pair) for weight, pair in zip(weights, pairs, strict=True))
+        close([ours.detach(), *torch.autograd.grad(ours, leaves)], [dense.detach(), *torch.autograd.grad(dense, leaves)], 1e-12)
 
 
 @pytest.mark.parametrize(("ours", "dense"), [(product_l1, dense_l1), (product_half_square, dense_half_square)])
@@ -89,19 +95,16 @@ def test_the_sign_of_zero_is_zero() -> None:
     assert all(not t.any() for t in value_and_gradients(product_l1, A, B))
 
 
-def test_only_factor_sized_tensors_are_kept() -> None:
+def test_nothing_is_kept_but_the_factors() -> None:
     A, B = factors(300, 200, 2, 0)
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    saved: list[Tensor] = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor)
+    with keep:
         product_l1(A, B)
-        assert sum(saved) == A.numel() + B.numel()
+    assert {tensor.data_ptr() for tensor in saved} == {A.data_ptr(), B.data_ptr()}
+    with keep:
         product_half_square(A, B)
-    assert max(saved) == B.numel()
+    assert max(tensor.numel() for tensor in saved) == B.numel()
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
@@ -115,7 +118,7 @@ def peft_model(base: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:  # what PEFT starts at zero
             torch.nn.init.normal_(parameter, std=3e-4)
     return model
 
@@ -124,23 +127,29 @@ def conv1d_base() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
 
 
-@pytest.fixture(params=["linear", "conv1d", "rslora", "rank_pattern"])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "conv1d": {"fan_in_fan_out": True},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"q_proj": 9}},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+}
+
+
+@pytest.fixture(params=VARIANTS)
 def adapted(request: pytest.FixtureRequest, tiny_base: Any) -> Any:
-    if request.param == "conv1d":
-        return peft_model(conv1d_base(), fan_in_fan_out=True)
-    options: dict[str, Any] = {
-        "rslora": {"use_rslora": True},
-        "rank_pattern": {"rank_pattern": {"q_proj": 2, "down_proj": 7}, "alpha_pattern": {"q_proj": 9}},
-    }.get(request.param, {})
-    return peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), **options)
+    base = conv1d_base() if request.param == "conv1d" else AutoModelForCausalLM.from_pretrained(tiny_base)
+    return peft_model(base, **VARIANTS[request.param])
 
 
-def dense_deltas(model: Any) -> list[Tensor]:
-    return [m.get_delta_weight("default").detach().double() for m in model.modules() if isinstance(m, LoraLayer)]
+def dense_deltas(model: Any, adapter: str = "default") -> list[Tensor]:
+    """PEFT's own s·B·A (for an embedding its transpose), by the layer's public method."""
+    return [m.get_delta_weight(adapter).double() for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.scaling]
 
 
 def test_penalty_is_the_sum_over_pefts_deltas(adapted: Any) -> None:
-    deltas = dense_deltas(adapted)
+    deltas = [delta.detach() for delta in dense_deltas(adapted)]
     size = sum(delta.abs().sum() for delta in deltas)
     square = sum(delta.square().sum() for delta in deltas)
     value, norm = penalty(adapted, l1=0.3, l2=0.7)
@@ -149,7 +158,17 @@ def test_penalty_is_the_sum_over_pefts_deltas(adapted: Any) -> None:
     assert penalty(adapted, l1=0, l2=1.0)[1].isnan()
     value.backward()
     touched = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None and parameter.grad.any()}
-    assert touched == {name for name, parameter in adapted.named_parameters() if "lora_" in name}
+    factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # DoRA's magnitudes are not in the product
+    assert touched == {name for name, parameter in adapted.named_parameters() if any(factor in name for factor in factors)}
+
+
+def test_value_and_gradient_of_a_whole_model_are_autograds_in_float64(adapted: Any) -> None:
+    """The oracle differentiates PEFT's dense deltas."""
+    adapted.double()
+    leaves = [p for name, p in adapted.named_parameters() if "lora_" in name and "magnitude" not in name]
+    dense = sum(0.3 * d.abs().sum() + 0.35 * d.square().sum() for d in dense_deltas(adapted))
+    value, _ = penalty(adapted, l1=0.3, l2=0.7)
+    close([value.detach(), *torch.autograd.grad(value, leaves)], [dense.detach(), *torch.autograd.grad(dense, leaves)], 1e-12)
 
 
 def test_unscaled_penalty_is_the_sum_of_the_bare_products(adapted: Any) -> None:
@@ -160,14 +179,27 @@ def test_unscaled_penalty_is_the_sum_of_the_bare_products(adapted: Any) -> None:
     torch.testing.assert_close(value.double(), size + sum(p.square().sum() for p in bare), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_share_below_is_the_dense_count(adapted: Any, scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l1, "TILE", 100)
-    products = dense_deltas(adapted) if scaled else [f.B.double() @ f.A.double() for f in lora_factors(adapted)]
-    entries = torch.cat([product.flatten().abs() for product in products])
-    for threshold in (1e-5, 1e-4):
-        counted = (entries < threshold).double().mean().item()
-        assert 0 < counted < 1
-        # float32 products may cross the threshold against the float64 count for a handful of entries
-        assert share_below(adapted, threshold, scaled=scaled) == pytest.approx(counted, abs=3 / len(entries))
-    assert share_below(torch.nn.Linear(2, 2)) == 0
+def test_only_the_adapter_that_trains_counts(tiny_base: Any) -> None:
+    """A reference adapter on the same model, as XRIGHT's DPO has, is neither penalised nor counted."""
+    model = peft_model(AutoModelForCausalLM.from_pretrained(tiny_base))
+    alone = penalty(model, l1=1.0, l2=0.0)[1]
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert torch.equal(penalty(model, l1=1.0, l2=0.0)[1], alone)
+    model.set_adapter("ref")
+    other = sum(delta.abs().sum() for delta in dense_deltas(model, "ref"))
+    torch.testing.assert_close(penalty(model, l1=1.0, l2=0.0)[1].double(), other.detach(), rtol=1e-5, atol=0)
+    assert len(list(lora_factors(model, "default"))) == 14
+    model.requires_grad_(False)
+    assert not list(lora_factors(model))
+
+
+def test_what_is_no_single_product_is_named(tiny_base: Any) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 4)
+
+    model = get_peft_model(Net(), LoraConfig(target_modules=["conv", "linear"]))  # type: ignore[arg-type]
+    assert nonlinear_layers(model) == ["base_model.model.conv"]
+    both = peft_model(AutoModelForCausalLM.from_pretrained(tiny_base), target_modules=["embed_tokens", "q_proj"])
+    assert not nonlinear_layers(both)

@@ -27,6 +27,7 @@ LORA = {
     "patterns": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 7.5}},
     "one block": {"targets": ["q_proj", "up_proj"], "layers": [1]}, "regex": {"targets": r".*\.1\.self_attn\.[qv]_proj"},
     "modules_to_save": {"modules_to_save": ["norm"], "dora": True}, "bias": {"bias": "all"},
+    "embedding": {"targets": ["embed_tokens", "q_proj"]},
     "gaussian": {"init": "gaussian"}, "orthogonal": {"init": "orthogonal", "r": 4},
 }
 

@@ -18,6 +18,14 @@ ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter 
 L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
 FULL = click.option("--full", is_flag=True, default=None, help="Train every weight instead of an adapter; makes a model.")
+L1_HOW = options.stack(
+    click.option("--l1-solver", type=click.Choice(["subgradient", "proximal"]),
+                 help="The paper's, or exact zeros in rows of B and columns of A  [default: subgradient]."),
+    click.option("--l1-warmup", metavar="NUMBER", type=click.FloatRange(min=0),
+                 help="Raise λ from 0 in so many steps, or below 1 in that share of them."),
+    click.option("--l1-target-sparsity", metavar="SHARE", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+                 help="Find the λ at which this share of δ is zero, instead of --l1."),
+)
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
                     help="β of the preference loss  [default: 0.1; for simpo 2].")
 LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
@@ -51,7 +59,7 @@ LAST = options.stack(
 
 
 @click.command("train-sft")
-@options.stack(MODEL, DATA, options.out_option, L1, ON, FULL, LAST)
+@options.stack(MODEL, DATA, options.out_option, L1, L1_HOW, ON, FULL, LAST)
 def train_sft(**given: Any) -> None:
     """Train an SFT adapter, sparse with --l1.
 
@@ -64,7 +72,7 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@options.stack(MODEL, DATA, options.out_option, LOSS, REFERENCE, BETA, L1, ON, FULL, LAST)
+@options.stack(MODEL, DATA, options.out_option, LOSS, REFERENCE, BETA, L1, L1_HOW, ON, FULL, LAST)
 def train_dpo(**given: Any) -> None:
     """Train a preference adapter, with DPO or another loss.
 
@@ -104,7 +112,7 @@ def _loss(text: str | None) -> str | dict[str, float] | None:
     click.option("--method", type=click.Choice(["mix"]), help="How the objectives share the steps  [default: mix]."),
     click.option("--lam", metavar="NUMBER", type=click.FloatRange(0, 1),
                  help="λ weights DPO: λ·DPO + (1-λ)·SFT  [default: 0.5]."),
-    BETA, L1, ON, LAST,
+    BETA, L1, L1_HOW, ON, LAST,
 )
 def train_joint(**given: Any) -> None:
     """Train both objectives in one process, to compare with.
@@ -121,6 +129,9 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     given |= _data(given)
     file = options.recipe_file(common["file"])
     recipe = load(kind, file, common["sets"], given)
+    if not recipe.l1 and recipe.l1_target_sparsity is None and (given["l1_solver"] or given["l1_warmup"]):
+        raise UsageError("--l1-solver and --l1-warmup act on the L1 term, and there is none",
+                         hint="add --l1 1e-4 or --l1-target-sparsity 0.9")
     out = common["out"] or Path("adapters") / (file.stem if file else name)
 
     from paft.models import quiet_libraries
@@ -180,9 +191,11 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
 def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
-             "eval_rewards/margins": "margin", "eval_kl": "KL", "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5"}
+             "eval_rewards/margins": "margin", "eval_kl": "KL", "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5",
+             "share_zero": "share exactly zero", "l1_relative": "λ / rms entry gradient"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
-    follow = f"paft sparsity-report {out}" if recipe.l1 else f"paft merge {out} OTHER_ADAPTER --method ties"
+    sparse = recipe.l1 or recipe.l1_target_sparsity
+    follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
     if recipe.full:
         follow = f"paft merge {out} OTHER --base {recipe.model} --method ties"
     best = f", the best kept: that of step {int(metrics['best_step'])}" if "best_step" in metrics else ""

@@ -10,7 +10,29 @@ from typing import Any
 from transformers import TrainerCallback
 
 from paft.errors import MismatchError
-from paft.progress import Progress
+from paft.progress import Progress, say
+
+COLLAPSE = """warning: the adapter is collapsing to zero, not becoming sparse: its norm is
+  {l1_reach:.2g} of what noise alone would make at this learning rate; lower λ, now {l1_lambda:.2g}"""
+
+
+def note(logs: dict[str, Any]) -> str:
+    """Loss, ‖δ‖₁ and sparsity for the progress line."""
+    parts = [f"loss {float(logs.get('task_loss', logs['loss'])):.3f}"]
+    if "l1" in logs:
+        exact = "share_zero" in logs
+        share = float(logs["share_zero"] if exact else logs["share_below_1e-5"])
+        parts += [f"L1 {float(logs['l1']):.3g}", f"{share:.0%} {'zero' if exact else '<1e-5'}"]
+    return "  ".join(parts)
+
+
+def collapsing(logs: dict[str, Any]) -> bool:
+    """Small, not sparse: most of δ is below 1e-5, and its norm is below a twentieth of what noise alone would make.
+
+    A sparse adapter of the same share keeps a norm (Adam gives each entry that moves a way of its own); an adapter that is small
+    because its learning rate is, is small by the same measure and no concern of the penalty. See `L1Term.reach`.
+    """
+    return logs["share_below_1e-5"] > 0.5 and logs["l1_reach"] < 0.05
 
 
 class Watch(TrainerCallback):
@@ -19,6 +41,8 @@ class Watch(TrainerCallback):
     def __init__(self, label: str, log: Path, *, quiet: bool = False) -> None:
         self.label, self.log, self.quiet = label, log, quiet
         self.note = ""
+        self.small = 0  # records in a row
+        self.warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress = Progress(self.label, state.max_steps, before=state.global_step, quiet=self.quiet)
@@ -35,9 +59,16 @@ class Watch(TrainerCallback):
             raise MismatchError(f"eval_loss is {logs['eval_loss']} at step {state.global_step}: training has diverged",
                                 hint="lower trainer.learning_rate, or look for broken rows in the data")
         if "loss" in logs:
-            self.note = f"loss {float(logs.get('task_loss', logs['loss'])):.3f}"
-            if "l1" in logs:
-                self.note += f"  L1 {float(logs['l1']):.3g}"
+            self.note = note(logs)
+        if "l1_reach" in logs:
+            self._warn_of_collapse(logs)
+
+    def _warn_of_collapse(self, logs: dict[str, Any]) -> None:
+        self.small = self.small + 1 if collapsing(logs) else 0
+        if self.small >= 2 and not self.warned:
+            self.warned = True
+            self.progress.__exit__(None, None, None)  # the bar makes room
+            say(COLLAPSE.format(**logs), quiet=self.quiet)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.__exit__(None, None, None)

@@ -52,13 +52,16 @@ class Start:
         return torch.stack(terms).sum(), torch.stack(sizes).detach().sum()
 
     @torch.no_grad()
-    def share_below(self, model: torch.nn.Module, threshold: float = 1e-5) -> float:
-        """The share of all entries with |δ| < threshold."""
-        below = entries = 0
+    def measure(self, model: torch.nn.Module, threshold: float = 1e-5) -> dict[str, float]:
+        """‖δ‖₁, and the shares of all entries with |δ| < threshold and with δ = 0."""
+        size, below, zero, entries = 0.0, 0, 0, 0
         for name, theta in model.named_parameters():
-            below += sum(int((tile.abs() < threshold).sum()) for _, tile in self.tiles(name, theta))
+            for _, tile in self.tiles(name, theta):
+                size += tile.abs().sum(dtype=torch.float64).item()
+                below += int((tile.abs() < threshold).sum())
+                zero += int((tile == 0).sum())
             entries += theta.numel()
-        return below / max(entries, 1)
+        return {"l1": size, "share_below_1e-5": below / max(entries, 1), "share_zero": zero / max(entries, 1)}
 
 
 class _Penalty(torch.autograd.Function):
@@ -89,18 +92,19 @@ class Dense:
     """Mix in before a penalised trainer of a whole model, and set ``start``: the penalty and its log speak of θ − θ_pre."""
 
     start: Start
-    recipe: Any
+    term: Any
     model: Any
     _metrics: Any
 
     def _penalty(self, num_items_in_batch: Any) -> Tensor:
-        value, norm = self.start.penalty(self.model, l1=self.recipe.l1, l2=self.recipe.l2)
+        value, norm = self.start.penalty(self.model, **self.term.in_loss())
         self._metrics["train"]["l1"].append(norm.item())
         scaled = self._scaled_already(num_items_in_batch)  # type: ignore[attr-defined]
         return value if scaled else value * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
-    def _share(self) -> float:
-        return self.start.share_below(self.model)
+    def sparsity(self) -> dict[str, float]:
+        """What the log says of the L1 term, for the model as it is now; nothing without the term."""
+        return {**self.start.measure(self.model), "l1_lambda": self.term.now} if self.term.active else {}
 
 
 def dense(kind: type) -> Any:

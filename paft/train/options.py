@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from paft.recipe import Lora, TrainRecipe
 
+# Optimisers whose step is a gradient divided by a second moment that `paft.train.proximal` can read.
+PROXIMAL = {"adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"}
+
 C = TypeVar("C", bound="TrainingArguments")
 
 _TOP, _HUB = "set it at the top level of the recipe", "upload what was made: `hf upload org/name DIR`"
@@ -45,6 +48,19 @@ def lora_config(lora: Lora) -> LoraConfig:
 def peft_config(recipe: TrainRecipe) -> LoraConfig | None:
     """What TRL is to wrap the model in; None for full fine-tuning."""
     return None if recipe.full else lora_config(recipe.lora)
+
+
+def check_penalty(recipe: TrainRecipe) -> None:
+    """UsageError for keys of the L1 term that contradict each other."""
+    if recipe.l1 and recipe.l1_target_sparsity is not None:
+        raise UsageError(f"l1 is {recipe.l1:g}, and l1_target_sparsity looks for it", hint="set one of the two; --l1 0 clears l1")
+    optim = recipe.trainer.get("optim", "adamw_torch")
+    if recipe.full and (recipe.l1_solver == "proximal" or recipe.l1_target_sparsity is not None):
+        raise UsageError("full fine-tuning has neither the proximal solver nor a target: they act on the factors of a LoRA",
+                         hint="set --l1 alone")
+    if recipe.l1_solver == "proximal" and optim not in PROXIMAL:
+        raise UsageError(f"the proximal solver does not know the steps of trainer.optim {optim}",
+                         hint=f"set it to one of {', '.join(sorted(PROXIMAL))}")
 
 
 def check_options(kind: type, options: dict[str, Any]) -> None:

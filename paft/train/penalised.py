@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from paft.errors import MismatchError
-from paft.train.l1 import penalty, share_below
+from paft.train.distributed import check_layout
+from paft.train.l1 import penalty
+from paft.train.term import L1Term
 
 if TYPE_CHECKING:
     from paft.recipe import TrainRecipe
@@ -19,29 +21,50 @@ class Penalised:
 
     The penalty is added once per optimiser step (on the last micro-batch) and in train mode only, so ``eval_loss`` is the pure
     task loss. Trainers that divide the loss by the accumulation steps afterwards (DPO: ``loss_is_scaled_for_ga`` is False) get
-    it multiplied by them first. Logged: ``task_loss``, ``l1`` (‖δ‖₁) and ``share_below_1e-5``. A task loss that is no finite
-    number is a MismatchError at once: `Trainer` would replace it by the mean of the others in its log and train on.
+    it multiplied by them first. Every process adds the whole penalty, and averaging their gradients leaves it as it is.
+
+    Logged: ``task_loss``, and of an L1 term what `L1Term.report` measures; ``l1`` is the mean of the ‖δ‖₁ that the losses of
+    the record contain. A task loss that is no finite number is a MismatchError at once: `Trainer` would replace it by the mean
+    of the others in its log and train on. Setting ``recipe`` raises MismatchError where the factors cannot be seen.
     """
 
-    recipe: TrainRecipe
     model: Any
     accelerator: Any
     _metrics: Any
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, recipe: TrainRecipe) -> None:
+        self._recipe = recipe
+        term = L1Term.of(recipe)
+        if term.active or recipe.l2:
+            check_layout(self.accelerator.state)
+        self.remove_callback(L1Term)  # type: ignore[attr-defined]
+        self.add_callback(term)  # type: ignore[attr-defined]
+
+    @property
+    def term(self) -> L1Term:
+        """The live one: `Trainer` replaces its callbacks when it restores their states from a checkpoint."""
+        return next(each for each in self.callback_handler.callbacks if isinstance(each, L1Term))  # type: ignore[attr-defined]
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training:
             return result
         loss = result[0] if return_outputs else result
-        self._metrics["train"]["task_loss"].append(self._finite(self._unscaled(loss.detach(), num_items_in_batch).item()))
-        if (self.recipe.l1 or self.recipe.l2) and self.accelerator.gradient_state.sync_gradients:
+        task = self.accelerator.reduce(self._unscaled(loss.detach(), num_items_in_batch), "mean")
+        self._metrics["train"]["task_loss"].append(self._finite(task.item()))
+        if any(self.term.in_loss().values()) and self.accelerator.gradient_state.sync_gradients:
             loss = loss + self._penalty(num_items_in_batch).to(loss.device)
         return (loss, result[1]) if return_outputs else loss
 
     def _penalty(self, num_items_in_batch: Any) -> Tensor:
-        value, norm = penalty(self.model, l1=self.recipe.l1, l2=self.recipe.l2, scaled=self.recipe.l1_scaled)
-        if self.recipe.l1:
-            self._metrics["train"]["l1"].append(norm.item())
+        value, norm = penalty(self.model, **self.term.in_loss(), scaled=self.term.scaled)
+        if math.isfinite(size := norm.item()):
+            self._metrics["train"]["l1"].append(size)
         return value if self._scaled_already(num_items_in_batch) else value * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
     def _scaled_already(self, num_items_in_batch: Any) -> bool:
@@ -60,13 +83,21 @@ class Penalised:
                                 hint="lower trainer.learning_rate, or look for broken rows in the data")
         return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.recipe.l1 and ("loss" in logs or "train_loss" in logs):  # the record of the end closes a short run
-            self._metrics["train"]["share_below_1e-5"].append(self._share())
-        super().log(logs, start_time)  # type: ignore[misc]
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        self.term.clip = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))  # type: ignore[attr-defined]
+        return norm
 
-    def _share(self) -> float:
-        return share_below(self.model, scaled=self.recipe.l1_scaled)
+    def sparsity(self) -> dict[str, float]:
+        """What the log says of the L1 term, for the adapter as it is now; nothing without the term."""
+        return self.term.report(self.model, self.optimizer) if self.term.active else {}  # type: ignore[attr-defined]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs or "train_loss" in logs:  # the record of the end closes a short run
+            logs.update(self.sparsity())
+            if "train_loss" in logs:
+                self._metrics["train"].pop("l1", None)  # there the value at the end, not a mean
+        super().log(logs, start_time)  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """TRL tells its makers of every trainer that is built; paft tells nobody."""

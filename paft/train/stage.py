@@ -25,7 +25,7 @@ from paft.train.checks import check_evaluation, check_names, check_start, fitted
 from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.l1 import lora_factors, nonlinear_layers
-from paft.train.options import check_options, lora_config, trainer_config
+from paft.train.options import check_options, check_penalty, lora_config, trainer_config
 from paft.train.rendering import template_errors
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
@@ -166,11 +166,12 @@ def _config_kind(recipe: AnyRecipe) -> Any:
 
 
 def check_trainer(recipe: AnyRecipe) -> None:
-    """UsageError for a loss, a reference or a ``trainer`` option that TRL does not have; loads no model."""
+    """UsageError for a loss, a reference, an L1 term or a ``trainer`` option that cannot be; loads no model."""
     if isinstance(recipe, DpoRecipe):
         losses.check(recipe)
         reference.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
+    check_penalty(recipe)
 
 
 def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool) -> Any:
@@ -243,20 +244,20 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged training values and, with evaluation data, all that TRL measures on them (never with the penalty)."""
-    wanted = ("loss", "task_loss", "l1", "share_below_1e-5", "dpo_loss", "sft_loss",
-              "rewards/accuracies", "rewards/margins", "kl")
+    """The last logged losses, the L1 term as it ended and, with evaluation data, all that TRL measures on them (unpenalised)."""
+    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "kl")
     speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:
         last.update({key: record[key] for key in wanted if key in record})
+    last.update(trainer.sparsity())
     if evaluate:
         held = trainer.evaluate()
         last.update({key: value for key, value in held.items() if key.startswith("eval_") and key not in speed})
     last["steps"] = trainer.state.global_step
     if trainer.args.load_best_model_at_end:
         last["best_step"] = trainer.state.best_global_step
-    return {key: round(float(value), 6) for key, value in last.items() if math.isfinite(float(value))}
+    return {key: float(f"{value:.6g}") for key, value in last.items() if math.isfinite(float(value))}
 
 
 def _start(recipe: AnyRecipe) -> Adapter | None:
