@@ -99,6 +99,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
         trainer = _build(recipe, rows, scratch)
         _note_boundary(trainer.processing_class, rows, quiet)
+        _note_dora(trainer, quiet)
         _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
         _run(trainer, label or out.name, directory / "log.jsonl", quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
@@ -191,6 +192,11 @@ def _note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
             say("note: the last tokens of a prompt change when an answer follows (chat template); the answer is taken from there",
                 quiet=quiet)
             return
+
+
+def _note_dora(trainer: Any, quiet: bool) -> None:
+    if trainer.term.active and any(any(getattr(module, "use_dora", {}).values()) for module in trainer.model.modules()):
+        say("note: with DoRA the L1 term acts on s·B·A; its magnitudes leave the merged change dense", quiet=quiet)
 
 
 def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
