@@ -19,6 +19,7 @@ from typing import Any
 
 from paft import data, provenance
 from paft.adapter import concatenate, read_adapter, save_adapter
+from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
@@ -28,8 +29,9 @@ from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
+from paft.train.interleave import Seat, Turn, interleave
 from paft.train.reference import named_hash
-from paft.train.stage import train
+from paft.train.stage import start_model, train
 
 Rows = dict[str, list[data.Row]]
 
@@ -46,6 +48,7 @@ class Run:
     text: list[data.Row] = field(default_factory=list)
     base_hash: str = ""
     workers: int = 1
+    share_base: bool = False
     resume: bool = False
 
     def adapter(self, name: str) -> Path:
@@ -56,16 +59,20 @@ class Run:
 
 
 def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
-        workers: int | None = None) -> dict[str, Any]:
+        workers: int | None = None, share_base: bool = False) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
     ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
+    ``share_base``: in this process, what starts from the base takes turns over one copy of it, with the same results.
     Raises UsageError for a recipe that names unknown stages, MismatchError for a target that is not empty.
     """
+    if share_base and (workers or 1) > 1:
+        raise UsageError("--share-base is one process, --workers several", hint="pass one of them")
     check(recipe)
     if not resume:
         provenance.check_target(out, overwrite=overwrite, in_place=True)
-    job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe), resume=resume)
+    workers = 1 if share_base else workers or _default_workers(recipe)
+    job = Run(recipe, out, quiet, workers=workers, resume=resume, share_base=share_base)
     started = time.monotonic()
     _read_data(job)
     with provenance.set_aside(out, aside=overwrite and not resume):
@@ -157,13 +164,35 @@ def _train_all(job: Run) -> None:
         say(f"  {name:<14} {manifest['wall_s']:4.0f} s   loss {manifest['metrics'].get('task_loss', float('nan')):.3f}   "
             f"{len(made)}/{len(needs)}" + (f", about {_minutes(left)} of training left" if left else ""), quiet=job.quiet)
 
+    if job.share_base:
+        for name, manifest in _train_together(job, [name for name, on in needs.items() if on is None]).items():
+            del needs[name]
+            done(name, manifest)
     run_graph(needs, partial(_train_one, job), workers=min(job.workers, max(1, len(needs))), done=done)
 
 
-def _train_one(job: Run, name: str) -> dict[str, Any]:
+def _train_one(job: Run, name: str, seat: Seat | None = None) -> dict[str, Any]:
     objective = job.recipe.train[name].objective
     return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, objective), overwrite=True,
-                 resume=job.resume and objective != "joint", quiet=job.quiet or job.workers > 1, label=name)
+                 resume=job.resume and objective != "joint", quiet=job.quiet or job.workers > 1, label=name, seat=seat)
+
+
+def _train_seated(job: Run, name: str, base: Any, turn: Turn) -> dict[str, Any]:
+    return _train_one(job, name, Seat(base, turn))
+
+
+def _train_together(job: Run, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The trainings that can adapt one frozen copy of the base do so in turns; the others are left for later."""
+    stages = {name: stage_recipe(job.recipe, name, job.out) for name in names}
+    groups: dict[Any, list[str]] = {}
+    for name, stage in stages.items():
+        if not stage.full:  # a whole model is nobody's frozen base
+            groups.setdefault((stage.dtype, stage.quantize), []).append(name)
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups.values():
+        base = start_model(stages[group[0]])
+        found |= dict(zip(group, interleave([partial(_train_seated, job, name, base) for name in group]), strict=True))
+    return found
 
 
 def _minutes(seconds: float) -> str:

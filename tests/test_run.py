@@ -161,6 +161,14 @@ def test_two_workers_make_the_same_bytes(pipeline: Pipeline) -> None:
         name: made for name, (_, made) in pipeline.made("adapters").items()}
 
 
+def test_sharing_the_base_makes_the_same_bytes(pipeline: Pipeline) -> None:
+    other = pipeline.out.parent / "shared"
+    assert pipeline("-o", str(other), "--share-base", "-q") == 0
+    for name in ("sft", "sft-l1", "dpo", "mix", "sft-dpo"):
+        assert content_hash(pipeline.out / "adapters" / name) == content_hash(other / "adapters" / name), name
+    assert pipeline("-o", str(other), "--share-base", "--workers", "2") == 2
+
+
 def test_overwrite_gives_the_old_run_back_when_the_new_one_fails(pipeline: Pipeline) -> None:
     before = pipeline.made("adapters") | pipeline.made("merges")
     assert pipeline("--overwrite", "--set", "defaults.sft.trainer.learning_rate=1e30") == 3

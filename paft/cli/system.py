@@ -24,11 +24,12 @@ from paft.recipe import RunRecipe, load
 @click.option("--resume", is_flag=True, help="Keep finished stages whose inputs have not changed.")
 @click.option("--workers", type=click.IntRange(1), metavar="N",
               help="Trainings side by side  [default: one a GPU; on CPU 1, or one a core for a small base].")
+@click.option("--share-base", is_flag=True, help="Train in turns over one copy of the base in memory; the results are the same.")
 @options.dry_run
 @options.overwrite
 @options.common
-def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, workers: int | None, dry_run: bool,
-        as_json: bool, quiet: bool, **_: Any) -> None:
+def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, workers: int | None,
+        share_base: bool, dry_run: bool, as_json: bool, quiet: bool, **_: Any) -> None:
     """Run a pipeline: train, merge, evaluate, one table.
 
     RECIPE is `demo`, another recipe's name, or a path.
@@ -57,7 +58,8 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
         return
     say(f"paft run {resolved.name}: {len(resolved.train)} adapters, {len(resolved.merge)} merges, base {resolved.model}, "
         f"into {target}", quiet=quiet)
-    report = pipeline.run(resolved, target, overwrite=overwrite, resume=resume, quiet=quiet, workers=workers)
+    report = pipeline.run(resolved, target, overwrite=overwrite, resume=resume, quiet=quiet, workers=workers,
+                          share_base=share_base)
     if as_json:
         options.show(report, [], as_json=True)
     else:

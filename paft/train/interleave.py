@@ -14,6 +14,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -56,6 +57,14 @@ def interleave(jobs: Sequence[Callable[[Turn], T]]) -> list[T]:
     if table.error is not None:
         raise table.error
     return [table.results[seat] for seat in range(len(jobs))]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A training's place among several: the resident base, which it adapts a twin of, and the word that its turn is over."""
+
+    base: Any
+    turn: Turn
 
 
 class TakeTurns(TrainerCallback):

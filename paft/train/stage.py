@@ -25,6 +25,7 @@ from paft.train import artefact, losses, reference, work
 from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_dora, note_packing
 from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
+from paft.train.interleave import Seat, TakeTurns, twin
 from paft.train.l1 import lora_factors, nonlinear_layers
 from paft.train.options import check_options, check_penalty, lora_config, trainer_config
 from paft.train.rendering import template_errors
@@ -101,14 +102,14 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
 
 
 def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, resume: bool = False,
-          quiet: bool = False, label: str | None = None) -> dict[str, Any]:
+          quiet: bool = False, label: str | None = None, seat: Seat | None = None) -> dict[str, Any]:
     """Train one adapter and write it to ``out`` (PEFT format, card, `paft.json`, log.jsonl); returns the manifest.
 
     ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
     plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base. ``resume``
     finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
     an ``out`` that the same recipe, base and data have made already is returned as it is. Under `accelerate launch` every
-    process calls this; the first one writes.
+    process calls this; the first one writes. With a ``seat`` it takes turns over one base (`paft.train.interleave`).
     """
     quiet = quiet or not work.leads()
     _check_joint(recipe, resume)
@@ -132,12 +133,12 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
             held = reference.prepare(recipe, rows, running.directory, Path(scratch), again)
             rows = losses.shaped(recipe, rows)
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
-        trainer = _build(fit, rows, str(running.directory), held, quiet)
+        trainer = _build(fit, rows, str(running.directory), held, quiet, seat)
         note_packing(recipe, quiet=quiet)
         note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
         count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
-        _run(trainer, label or out.name, running, quiet)
+        _run(trainer, label or out.name, running, quiet, seat)
         metrics = _metrics(trainer, bool(rows.get("eval")))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
                 "reference": held.of(trainer) if held else None}
@@ -179,7 +180,8 @@ def check_trainer(recipe: AnyRecipe) -> None:
     check_penalty(recipe)
 
 
-def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool) -> Any:
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool,
+           seat: Seat | None) -> Any:
     from transformers import set_seed
 
     from paft.train import joint, preference, sft
@@ -188,7 +190,7 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
     name = require(recipe.model, "--model")
     tokenizer = tokenizer_for(recipe, rows, quiet)
-    with _usage(), template_errors(), _named_targets(recipe, _start_model(recipe)) as model:
+    with _usage(), template_errors(), _named_targets(recipe, twin(seat.base) if seat else start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
         if isinstance(recipe, DpoRecipe):
@@ -202,7 +204,8 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
         return trainer
 
 
-def _start_model(recipe: AnyRecipe) -> Any:
+def start_model(recipe: AnyRecipe) -> Any:
+    """The model that is adapted, in memory."""
     return load_model(str(recipe.model), on=recipe.on, dtype=recipe.dtype, quantize=recipe.quantize)
 
 
@@ -228,7 +231,7 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
         raise ResourceError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
 
 
-def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
+def _run(trainer: Any, label: str, running: work.Work, quiet: bool, seat: Seat | None) -> None:
     from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
     from paft.train.callbacks import Watch
@@ -239,6 +242,8 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
         trainer.add_callback(EarlyStoppingCallback(stopping.patience, stopping.threshold))
     trainer.add_callback(Keeper(trainer, running))
     trainer.add_callback(Watch(label, running.log, quiet=quiet))
+    if seat:
+        trainer.add_callback(TakeTurns(seat.turn))
     if trainer.args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
         raise ResourceError(f"{asked} processes were launched, and {trainer.args.world_size} found each other",
                             hint="launch one for each GPU, or set trainer.use_cpu")
