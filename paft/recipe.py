@@ -153,6 +153,9 @@ class RunTrain(Strict):
     objective: Literal["sft", "dpo", "joint"]
     on: str | None = None
     l1: Coefficient | None = None
+    l1_solver: Literal["subgradient", "proximal"] | None = None
+    l1_warmup: Coefficient | None = None
+    l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient | None = None
     lam: Annotated[float, Field(ge=0, le=1)] | None = None
     trainer: dict[str, Any] = {}

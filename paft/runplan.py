@@ -64,7 +64,8 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     """The full recipe of one training stage: the defaults of its objective, then what the stage says."""
     stage = recipe.train[name]
     base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
-    said = {key: value for key, value in (("l1", stage.l1), ("l2", stage.l2), ("lam", stage.lam)) if value is not None}
+    keys = ("l1", "l1_solver", "l1_warmup", "l1_target_sparsity", "l2", "lam")
+    said = {key: getattr(stage, key) for key in keys if getattr(stage, key) is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
     said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}
     said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}

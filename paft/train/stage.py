@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from paft.progress import say
 from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.train import artefact, losses, reference, work
-from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_packing
+from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_dora, note_packing
 from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.l1 import lora_factors, nonlinear_layers
@@ -86,6 +87,9 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
     try:
         yield model
     except ValueError as error:
+        if odd := re.match(r"Target module (\w+)\(.* is not supported", str(error), flags=re.S):
+            said = f"lora.targets {recipe.lora.targets!r} match a {odd[1]}, which LoRA cannot adapt"
+            raise MismatchError(said, hint=hint) from error
         if "arget modules" not in str(error):
             raise
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}", hint=hint) from error
@@ -130,6 +134,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
         trainer = _build(fit, rows, str(running.directory), held, quiet)
         note_packing(recipe, quiet=quiet)
+        note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
         count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
         _run(trainer, label or out.name, running, quiet)
