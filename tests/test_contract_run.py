@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from test_train_penalised import dpo_trainer, sft_trainer
+from trainkit import parts, pref_rows
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer import base_trainer
 
+from paft.recipe import DpoRecipe
+from paft.train import preference
 from paft.train.keeper import METRICS, NUMBERS
 
 
@@ -76,6 +81,10 @@ def test_no_trainer_tells_trl_of_itself(make: Any, tiny_base: Path, tmp_path: Pa
     assert "send_telemetry(" in inspect.getsource(base_trainer._BaseTrainer._send_telemetry), "Penalised overrides it"
 
 
-def test_a_dpo_of_a_whole_model_can_keep_what_the_model_said_first() -> None:
-    source = inspect.getsource(DPOTrainer.__init__)
-    assert "args.precompute_ref_log_probs and not self.is_fsdp_enabled" in source, "dpo.build: no second model is loaded"
+def test_a_dpo_of_a_whole_model_has_its_base_as_reference(tiny_base: Path, tmp_path: Path) -> None:
+    """Without a peft_config TRL loads the model a second time, from the path that its config names."""
+    recipe = DpoRecipe(model=str(tiny_base), full=True, trainer={"precompute_ref_log_probs": False})
+    trainer = preference.build(recipe, *parts(tiny_base), pref_rows(8), [], str(tmp_path))
+    assert trainer.ref_model is not trainer.model and not isinstance(trainer.model, PeftModel)
+    for one, other in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
