@@ -46,6 +46,18 @@ _UNSUPPORTED = {
 _WITHOUT = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "trainable_token_indices": None}
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract their start from it.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# What is read of the rest: option, types, in words.
+_TYPES = (
+    ("r", int, "a whole number"),
+    ("lora_alpha", int | float, "a number"),
+    ("rank_pattern", dict | None, "a mapping"),
+    ("alpha_pattern", dict | None, "a mapping"),
+    ("target_parameters", list | None, "a list"),
+    ("modules_to_save", list | None, "a list"),
+    ("trainable_token_indices", list | dict | None, "a list or a mapping"),
+    ("base_model_name_or_path", str | None, "a name"),
+    ("revision", str | None, "a name"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{where} uses init_lora_weights={config['init_lora_weights']}: it changed the base it starts from",
             hint="convert it with save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        raise MismatchError(f"{directory / CONFIG} lacks r or lora_alpha")
+    for option, kinds, what in _TYPES:
+        value = config.get(option)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise MismatchError(f"{directory / CONFIG}: {option} should be {what}, not {value!r}")
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from paft import data, hub
 from paft.adapter import PATTERNS
-from paft.errors import UsageError
+from paft.errors import MismatchError, UsageError
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.models import load_model, load_tokenizer, wrap
 from paft.progress import Progress
@@ -27,7 +27,8 @@ def score(names: list[str], *, base: str | None, sft_data: str | None, pref_data
     held = Held(*(data.load_rows(source, role) if source else [] for source, role in  # type: ignore[arg-type]
                   ((sft_data, "sft"), (pref_data, "pref"), (text, "text")))).head(rows)
     chat = any(isinstance(row.get("prompt"), list) for row in held.sft[:1] + held.pref[:1])
-    scorer = Evaluator(load_tokenizer(base or names[0], chat=chat), held, None, beta, batch_size, generate,
+    template = _template([name for name in names if adapters[name] is not None])
+    scorer = Evaluator(load_tokenizer(base or names[0], chat=chat, template=template), held, None, beta, batch_size, generate,
                        judge_of(pref_data))
     found: list[dict[str, Any]] = []
     with Progress("evaluate", len(names) + bool(base), quiet=quiet) as show:
@@ -41,6 +42,17 @@ def score(names: list[str], *, base: str | None, sft_data: str | None, pref_data
             found.append({"name": name, **scorer(model)})
             show(len(found), name)
     return found
+
+
+def _template(adapters: list[str]) -> str | None:
+    """The chat template that came with the adapters, where one was chosen for them; MismatchError if they disagree."""
+    files = {name: hub.resolve(name, kind="adapter", patterns=[*PATTERNS, *hub.MODEL_FILES]) / "chat_template.jinja"
+             for name in adapters}
+    texts = {file.read_text(encoding="utf-8"): (name, file) for name, file in files.items() if file.is_file()}
+    if len(texts) > 1:
+        raise MismatchError("adapters have different chat templates: " + ", ".join(name for name, _ in texts.values()),
+                            hint="score them apart")
+    return next((str(file) for _, file in texts.values()), None)
 
 
 def _adapter_base(name: str) -> str | None:

@@ -18,9 +18,10 @@ def model_card(
     metrics: Sequence[Row] = (),
     tags: Sequence[str] = ("paft", "merge"),
     text: str = "",
+    relation: str = "merge",
 ) -> str:
-    """The card of a merged model. ``base`` is a hub id, or None; ``metrics`` are the rows of a table."""
-    header = {"base_model": _repo(base), "base_model_relation": "merge" if _repo(base) else None}
+    """The card of a model. ``base`` is a hub id, or None; ``relation`` is the hub's word; ``metrics`` are the rows of a table."""
+    header = {"base_model": _repo(base), "base_model_relation": relation if _repo(base) else None}
     return _card(title, header | {"library_name": "transformers", "tags": list(tags)}, recipe, metrics, text)
 
 

@@ -43,5 +43,5 @@ def kind_of(file: Path) -> str:
 
 
 def is_mergekit(data: dict[str, Any]) -> bool:
-    """Is this mergekit's YAML? Its ``merge_method`` is required there and unknown to our recipes."""
-    return "merge_method" in data and "kind" not in data
+    """Is this mergekit's YAML? One of these keys is in each of its files, even one with a misspelt key, and none in ours."""
+    return "kind" not in data and not data.keys().isdisjoint(("merge_method", "models", "slices", "modules"))

@@ -104,7 +104,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFoundError(f"{file} does not exist") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MismatchError(f"{file} is not JSON", hint="copy or download it again") from error
     if not isinstance(value, dict):
         raise MismatchError(f"{file} holds no JSON object")
@@ -121,7 +121,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             raise broken
         try:
             header = json.loads(stream.read(length))
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise broken from error
     if not isinstance(header, dict):
         raise broken
@@ -132,11 +132,7 @@ def read_entries(file: Path) -> Iterator[Entry]:
     """Every tensor of a safetensors file in the order of its bytes, which must fill the file without a gap."""
     header, data = read_header(file)
     try:
-        items = [
-            (name, item["dtype"], tuple(item["shape"]), *item["data_offsets"])
-            for name, item in header.items()
-            if name != "__metadata__"
-        ]
+        items = [(name, *_header_item(item)) for name, item in header.items() if name != "__metadata__"]
         items.sort(key=lambda item: (item[3], item[4]))
         position = 0
         for name, dtype, shape, begin, end in items:
@@ -151,8 +147,22 @@ def read_entries(file: Path) -> Iterator[Entry]:
         raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
 
 
+def _header_item(item: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """(type, shape, begin, end) of one tensor; ValueError or the like where they are of another kind."""
+    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(item)
+    return dtype, tuple(shape), begin, end
+
+
+def is_sharded(path: Path) -> bool:
+    """Are the weights those that an index names? A single file goes before it, as in transformers."""
+    return (path / INDEX).is_file() and not (path / SINGLE).is_file()
+
+
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    if not (path / INDEX).is_file():
+    if not is_sharded(path):
         if (path / SINGLE).is_file():
             return (path / SINGLE,)
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
@@ -175,7 +185,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _check_index(path: Path, entries: dict[str, Entry]) -> None:
-    if not (path / INDEX).is_file():
+    if not is_sharded(path):
         return
     for name, file in _weight_map(path).items():
         if name not in entries or entries[name].file.name != file:

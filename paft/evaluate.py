@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from paft.data import Row
+from paft.recipe import Sources
 from paft.tokens import encode, prompt_ids
 
 Judge = Callable[[str, Row], Mapping[str, bool]]  # (answer, preference row) -> what is right about it
 
 
-def judge_of(source: str | None) -> Judge | None:
+def judge_of(source: Sources | None) -> Judge | None:
     """The judge of a preference source's answers: the demo has one, other data none."""
-    if source is None or source.split(":")[:2] != ["demo", "pref"]:
+    if not isinstance(source, str) or source.split(":")[:2] != ["demo", "pref"]:
         return None
     from paft.demo.judge import style
 

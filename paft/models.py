@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging as stdlib_logging
 import os
 import warnings
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft import hub
-from paft.errors import MismatchError, NotFoundError
+from paft.data.template import choose_template
+from paft.errors import MismatchError, NotFoundError, ResourceError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -70,8 +72,11 @@ def resolve_base(name: str) -> Path:
     return path
 
 
-def load_tokenizer(name: str, *, chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a pad token; MismatchError without a chat template when ``chat`` data needs one."""
+def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a pad token; MismatchError without a chat template when ``chat`` data needs one.
+
+    ``template``: a shipped name or a file (`paft.data.template`), in place of the model's own.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_base(name)
@@ -85,17 +90,20 @@ def load_tokenizer(name: str, *, chat: bool = True) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         # Labels are masked by position, not by id, so sharing eos with pad is safe here.
         tokenizer.pad_token = tokenizer.eos_token
+    if template:
+        choose_template(tokenizer, template)
     if chat and not tokenizer.chat_template:
         raise MismatchError(f"{name} has no chat template, and the data is conversational",
-                            hint="use prompt / completion strings, or add a chat_template.jinja to the model")
+                            hint="choose one, for example --chat-template zephyr, or use prompt / completion strings")
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def load_model(name: str, *, on: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quantize: str | None = None) -> PreTrainedModel:
     """The base in ``dtype`` on the default device; with ``on`` that adapter's ΔW is folded in, in float32.
 
-    Raises NotFoundError / MismatchError for what is missing or does not fit.
+    ``quantize="4bit"``: the linear layers as NF4, doubly quantised (QLoRA, arXiv 2305.14314), by bitsandbytes. Raises
+    NotFoundError / MismatchError for what is missing or does not fit, ResourceError without bitsandbytes.
     """
     import torch
     from safetensors import SafetensorError
@@ -103,8 +111,8 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32") -> P
 
     path = resolve_base(name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True,
-                                                           output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32" if on else dtype, use_safetensors=True,
+                                                           output_loading_info=True, **_quantized(quantize))
     except (OSError, ValueError) as error:
         raise NotFoundError(f"cannot load {name}: {_first_line(error)}") from error
     except (SafetensorError, RuntimeError) as error:
@@ -114,8 +122,30 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32") -> P
         # transformers would draw them at random and say so in a log that nobody reads.
         raise MismatchError(f"{name} lacks tensors that its config asks for: {', '.join(sorted(info['missing_keys'])[:3])}",
                             hint="copy or download it again")
+    if quantize:
+        return model
     model = model.to(device())  # type: ignore[arg-type]
-    return model if on is None else _fold(model, on)
+    return model if on is None else _fold(model, on).to(getattr(torch, dtype))
+
+
+def check_quantize(quantize: str | None) -> None:
+    """ResourceError where the package that quantises is not there."""
+    if quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError(f"quantize: {quantize} needs bitsandbytes", hint="pip install 'paft[quant]'")
+
+
+def _quantized(quantize: str | None) -> dict[str, Any]:
+    """What `from_pretrained` needs to quantise; such a model cannot be moved, so it is loaded in its place."""
+    check_quantize(quantize)
+    if quantize is None:
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    kind = torch.bfloat16 if device() == "cuda" else torch.float32
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                bnb_4bit_compute_dtype=kind)
+    return {"quantization_config": config, "device_map": {"": device()}}
 
 
 def _fold(model: Any, on: str) -> PreTrainedModel:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 from paft.errors import ResourceError
@@ -19,16 +20,19 @@ Done = Callable[[str, Any], None]
 def run_graph(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done) -> None:
     """Call ``work(name)`` for every name, after the name it needs; ``done(name, result)`` is told of each, here, as it ends.
 
-    One worker: in this process, in the order given. More: that many processes, each with cores / workers threads; ``work`` must
-    pickle. The first error ends the others at once and is raised. Raises ResourceError when a worker is killed from outside.
+    One worker: in this process, in the order given. More: that many processes, each with cores / workers threads and, where
+    there are GPUs, one of them (worker i has GPU i modulo their number); ``work`` must pickle. The first error ends the others
+    at once and is raised. Raises ResourceError when a worker is killed from outside.
     """
     if workers == 1:
         for name in needs:
             done(name, work(name))
         return
     context = multiprocessing.get_context("spawn")
-    threads = max(1, free_cores() // workers)
-    with ProcessPoolExecutor(workers, context, _prepare, (threads,)) as pool:
+    threads, places = max(1, free_cores() // workers), context.SimpleQueue()
+    for place in assign(gpus(), workers):
+        places.put(place)
+    with ProcessPoolExecutor(workers, context, _prepare, (threads, places)) as pool:
         try:
             _drive(pool, needs, work, done)
         except BaseException as error:
@@ -54,9 +58,25 @@ def _drive(pool: ProcessPoolExecutor, needs: Mapping[str, str | None], work: Cal
             finished.add(name)
 
 
-def _prepare(threads: int) -> None:
-    """In a worker, before torch is imported: its share of threads; a terminated worker cleans up after itself."""
+def gpus() -> list[str]:
+    """The names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return given.split(",")[:count] if given else [str(index) for index in range(count)]
+
+
+def assign(names: Sequence[str], workers: int) -> list[str | None]:
+    """A GPU for each worker, in turn; None where there are none."""
+    return [names[index % len(names)] if names else None for index in range(workers)]
+
+
+def _prepare(threads: int, places: SimpleQueue[str | None]) -> None:
+    """In a worker, before torch is imported: its share of threads, its GPU; a terminated worker cleans up after itself."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if (gpu := places.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
     quiet_libraries()

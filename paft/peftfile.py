@@ -202,7 +202,7 @@ class _Reader:
             else:
                 fits = [given] if len(found) == 1 else []
             values = self._tensor(keys[""], 2)
-            if len(fits) != 1 or len(set(fits[0])) != len(values):
+            if len(fits) != 1 or not isinstance(fits[0], list) or len(set(fits[0])) != len(values):
                 raise MismatchError(f"{self.name}: trainable_token_indices do not say which rows {keys['']} replaces")
             rows[module] = Rows(tuple(fits[0]), values)
         return rows

@@ -41,9 +41,11 @@ class Placement:
 def place(adapter: Adapter, base: Checkpoint) -> Placement:
     """Find the place of everything in ``adapter``.
 
-    Raises MismatchError, with the tensor's name, for what the base does not have, has in another shape or quantised,
-    for two changes of one tensor that do not add up, and for a change of one of two tied tensors.
+    Raises MismatchError, with the tensor's name, for what the base does not have, has in another shape or quantised, for
+    two changes of one tensor that do not add up, for a change of one of two tied tensors, and for a module of
+    ``modules_to_save`` that the base has and the adapter's file lacks.
     """
+    _check_saved(adapter, base)
     placer = _Placer(adapter, base)
     saved = placer.place()
     parts, sources = placer.parts, placer.sources
@@ -56,6 +58,15 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
         if name not in twins and len(found) == 1 and _is_plain(found[0]) and sources[name][0] in adapter.factors
     }
     return Placement(replace(adapter, saved=saved), parts, modules, twins)
+
+
+def _check_saved(adapter: Adapter, base: Checkpoint) -> None:
+    """PEFT would take a module that it should have saved from the base, with a warning."""
+    for module in adapter.config.get("modules_to_save") or []:
+        wanted = next((name for name in base.entries if f".{module}." in f".{name}"), None)
+        if wanted and not any(f".{module}." in f".{name}" for name in adapter.saved):
+            raise MismatchError(f"{adapter.name} lacks {wanted}, which its modules_to_save promise",
+                                hint="the file is incomplete: save the adapter again")
 
 
 def _is_plain(part: Part) -> bool:

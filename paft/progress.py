@@ -11,11 +11,11 @@ class Progress:
     """Shows one long job: ``with Progress("SFT", 200) as show: show(done, "loss 0.41")``.
 
     On a terminal a single line is redrawn; in a log a line is printed at most every ``every`` seconds. Both carry an ETA from the
-    mean rate so far.
+    mean rate so far; ``before`` of the ``total`` were done earlier, by another process.
     """
 
-    def __init__(self, label: str, total: int, *, quiet: bool = False, every: float = 15.0) -> None:
-        self.label, self.total, self.quiet, self.every = label, max(total, 1), quiet, every
+    def __init__(self, label: str, total: int, *, before: int = 0, quiet: bool = False, every: float = 15.0) -> None:
+        self.label, self.total, self.before, self.quiet, self.every = label, max(total, 1), before, quiet, every
         self.terminal = sys.stderr.isatty()
         self.started = self.last = time.monotonic()
         self.width = 0
@@ -34,7 +34,7 @@ class Progress:
         self._draw(done, now - self.started, note)
 
     def _draw(self, done: int, spent: float, note: str) -> None:
-        eta = spent / done * (self.total - done) if done else float("nan")
+        eta = spent / (done - self.before) * (self.total - done) if done > self.before else float("nan")
         if self.terminal:
             text = f"{done}/{self.total}  {_clock(eta)} left  {note}"
             room = 77 - len(text)  # a long note shortens the bar, then the label, and is cut itself at last

@@ -8,9 +8,11 @@ is copied, re-sharded or its header re-ordered; it is a tree, so that tensors ca
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,21 +27,36 @@ from typing import Any
 from paft.errors import MismatchError, NotFoundError, ResourceError
 
 MANIFEST = "paft.json"
+_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
 SCHEMA = 1
 
 
-def check_target(target: Path, *, overwrite: bool = False) -> None:
+def check_target(target: Path, *, overwrite: bool = False, in_place: bool = False) -> None:
     """Refuse a target that exists and is not an empty directory, unless ``overwrite``; raises MismatchError.
 
     The current directory and what lies above it are refused always: replacing them would delete more than an artefact.
+    A mount point, such as a container's volume, cannot be replaced at all; an output that grows ``in_place`` may be one.
     """
     if target.is_dir():
         if Path.cwd().resolve().is_relative_to(target.resolve()):
             raise MismatchError(f"{target} is the current directory, or above it", hint="choose another -o DIR")
+        if os.path.ismount(target.resolve()) and (overwrite or not in_place):
+            raise MismatchError(f"{target} is a mount point and cannot be replaced", hint="choose a directory inside it")
         if not overwrite and any(target.iterdir()):
             raise MismatchError(f"{target} is not empty", hint="choose another -o DIR, or pass --overwrite")
     elif target.exists() or target.is_symlink():
         raise MismatchError(f"{target} is a file, not a directory", hint="choose another -o DIR")
+
+
+def make_parent(target: Path) -> None:
+    """Make the directory that ``target`` will lie in; NotFoundError or ResourceError where nothing can be written there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except PermissionError as error:
+        raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
+    except OSError as error:
+        raise ResourceError(f"cannot write in {target.parent}: {error.strerror}") from error
 
 
 @contextmanager
@@ -49,21 +66,16 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place.
     """
     check_target(target, overwrite=overwrite)
-    target = Path(os.path.normpath(target))  # a last part that is a name, for the scratch directory beside it
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except PermissionError as error:
-        raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
-    except OSError as error:
-        raise ResourceError(f"cannot write in {target.parent}: {error.strerror}") from error
+    given, target = target, Path(os.path.realpath(target))  # where a link leads, and the scratch directory beside that
+    make_parent(target)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
         _replace(scratch, target)
     except OSError as error:
-        if error.errno == 28:
-            raise ResourceError(f"disk full while writing {target}", hint="free some space; nothing was kept") from error
+        if error.errno in _FULL:
+            raise ResourceError(f"{_FULL[error.errno]} while writing {given}", hint="make room; nothing was kept") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -74,12 +86,13 @@ def _replace(scratch: Path, target: Path) -> None:
         os.rename(scratch, target)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, aside / "old")
     try:
-        os.rename(scratch, target)
-    except OSError:
-        os.rename(aside / "old", target)
-        raise
+        os.rename(target, aside / "old")
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            os.rename(aside / "old", target)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -186,9 +199,21 @@ def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], see
     """
     manifest = {"schema": SCHEMA, "command": command, "recipe": recipe, "seed": seed, "versions": versions(),
                 "content_sha256": content_sha256 or content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return manifest
+
+
+def to_json(value: Any) -> str:
+    """JSON text with NaN and infinity as null (JSON has neither), keys in the order given."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -203,6 +228,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict):
         raise MismatchError(f"{file} is not a JSON object", hint="delete it, or make the artefact again")
     return manifest
+
+
+def recorded_base(directory: Path) -> str | None:
+    """The content hash of the base that a directory's ``paft.json`` records, if it does."""
+    base = (read_manifest(directory) or {}).get("base")
+    recorded = base.get("content_sha256") if isinstance(base, dict) else None
+    return recorded if isinstance(recorded, str) else None
 
 
 def verify(directory: Path) -> list[str]:

@@ -6,41 +6,41 @@ refused with the line and a did-you-mean. The resolved recipe is what `paft.json
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from paft.complaint import explain
 from paft.errors import UsageError, did_you_mean
+from paft.sections import Coefficient, EarlyStopping, Fraction, Lora, Strict
 from paft.yamlfile import Document, parse_scalar, read_yaml
 
 
-class Strict(BaseModel):
-    """A recipe node: unknown keys are errors, ``true`` is no number, values do not change after loading."""
+class DataSource(Strict):
+    """One of several data sets. ``weight``: its share of the mixture; ``rows``: only its first; ``columns``: our name -> its."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    source: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    rows: Annotated[int, Field(gt=0)] | None = None
+    columns: dict[str, str] = {}
 
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Lora(Strict):
-    """A PEFT LoRA: ΔW = s·B·A with A (r × in), B (out × r), s = alpha/r, or alpha/√r with rslora."""
-
-    r: Annotated[int, Field(gt=0)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Fraction = 0.0
-    targets: str | list[str] = "all-linear"
-    rslora: bool = False
+Sources = str | list[str | DataSource]
 
 
 class TrainRecipe(Strict):
-    """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields)."""
+    """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields).
+
+    ``full`` trains every weight instead of a LoRA; then ``lora`` has no use, and the result is a model. ``dtype`` is that of the
+    frozen base, ``quantize: 4bit`` stores its linear layers as NF4 (QLoRA); what is trained is float32 always.
+    """
 
     model: str | None = None
     on: str | None = None
+    full: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["4bit"] | None = None
     lora: Lora = Lora()
     l1: Coefficient = 0.0
     l1_scaled: bool = True
@@ -50,24 +50,45 @@ class TrainRecipe(Strict):
     l2: Coefficient = 0.0
     seed: int = 0
     eval_fraction: Fraction = 0.0
+    early_stopping: EarlyStopping | None = None
+    chat_template: str | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
     trainer: dict[str, Any] = {}
 
 
-class SftRecipe(TrainRecipe):
+class DataRecipe(TrainRecipe):
+    """Trainers of one data set (or mixture). ``columns``: our column name -> its; ``streaming``: never held in memory."""
+
+    data: Sources | None = None
+    eval_data: Sources | None = None
+    columns: dict[str, str] = {}
+    streaming: bool = False
+
+
+class SftRecipe(DataRecipe):
     """SFT: L = CE + l1·Σ|δ| + l2·½Σδ²  (PAFT eq. 1; the L2 term is a control)."""
 
     kind: Literal["train-sft"] = "train-sft"
-    data: str | None = None
-    eval_data: str | None = None
 
 
-class DpoRecipe(TrainRecipe):
-    """DPO against the base with the adapter off; TRL's ``loss_type`` may be set under ``trainer``."""
+BETAS = {"simpo": 2.0}  # SimPO's β scales a mean over tokens, the others' a sum: 0.1 would hardly train
+
+
+def _weighted(loss: Any) -> Any:
+    """``sigmoid`` and ``[sigmoid, sft]`` as {name: weight}, with weight 1; anything else as it is."""
+    names = [loss] if isinstance(loss, str) else loss
+    return dict.fromkeys(names, 1.0) if isinstance(names, list) and all(isinstance(name, str) for name in names) else loss
+
+
+class DpoRecipe(DataRecipe):
+    """Preference training: ``loss`` is a name, a list, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
+    is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
 
     kind: Literal["train-dpo"] = "train-dpo"
-    data: str | None = None
-    eval_data: str | None = None
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
+    reference: str | None = None
+    reference_sft: dict[str, Any] = {}
+    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
 
 
 class JointRecipe(TrainRecipe):
@@ -75,8 +96,8 @@ class JointRecipe(TrainRecipe):
 
     kind: Literal["train-joint"] = "train-joint"
     method: Literal["mix"] = "mix"
-    sft_data: str | None = None
-    pref_data: str | None = None
+    sft_data: Sources | None = None
+    pref_data: Sources | None = None
     lam: Annotated[float, Field(ge=0, le=1)] = 0.5
     beta: Annotated[float, Field(gt=0)] = 0.1
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
@@ -101,16 +122,16 @@ class MergeRecipe(Strict):
 class Splits(Strict):
     """Where each split of a data set lies; a missing one is cut from ``train`` by content (see `paft.data.splits`)."""
 
-    train: str
-    validation: str | None = None
-    test: str | None = None
+    train: Sources
+    validation: Sources | None = None
+    test: Sources | None = None
 
 
 class RunData(Strict):
     """The two data sets of a run, and neutral text to measure forgetting on."""
 
-    sft: Splits | str
-    pref: Splits | str
+    sft: Splits | Sources
+    pref: Splits | Sources
     text: str | None = None
 
 
@@ -170,6 +191,8 @@ class RunRecipe(Strict):
     train: dict[str, RunTrain]
     merge: dict[str, RunMerge] = {}
     merge_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    chat_template: str | None = None
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
     evaluate: Evaluation = Evaluation()
 
 
@@ -210,7 +233,7 @@ def validate(kind: type[R], data: dict[str, Any], document: Document | None = No
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _explain(kind, error, document or Document({}, {}, "recipe")) from None
+        raise explain(kind, error, document or Document({}, {}, "recipe")) from None
 
 
 def _assign(document: Document, item: str) -> None:
@@ -235,48 +258,3 @@ def _blame(document: Document, path: tuple[str, ...], flag: str) -> None:
     for known in [known for known in document.lines if known[: len(path)] == path]:
         del document.lines[known]
     document.lines[path] = flag
-
-
-def _explain(kind: type[Strict], error: ValidationError, document: Document) -> UsageError:
-    """The first complaint in one line, a misspelt key before its absence; all missing keys at once."""
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first = errors[0]
-    loc, _ = _walk(kind, first["loc"])
-    path, where = ".".join(map(str, loc)), document.where(loc)
-    if first["type"] == "extra_forbidden":
-        return UsageError(f"{where}: unknown key {path!r}", hint=did_you_mean(str(loc[-1]), _keys_at(kind, first["loc"][:-1])))
-    if first["type"] == "missing":
-        missing = [".".join(map(str, _walk(kind, e["loc"])[0])) for e in errors if e["type"] == "missing"]
-        verb = "is" if len(missing) == 1 else "are"
-        return UsageError(f"{where}: {', '.join(missing)} {verb} missing", hint=" ".join(f"--set {name}=..." for name in missing))
-    sections = ("model_type", "dict_type", "model_attributes_type")
-    said = "should be a section of keys and values" if first["type"] in sections else first["msg"][0].lower() + first["msg"][1:]
-    return UsageError(f"{where}: {path or 'recipe'}: {said}, got {first.get('input')!r}"[:300])
-
-
-def _walk(kind: Any, loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], Any]:
-    """(``loc`` without the names that pydantic adds for the members of a union, the type it leads to or None)."""
-    clean: list[int | str] = []
-    for part in loc:
-        members = [one for one in get_args(kind) if one is not types.NoneType] if _is_union(kind) else []
-        if len(members) > 1:
-            kind = next((one for one in members if getattr(one, "__name__", "") == part), members[-1])
-            continue
-        kind = members[0] if members else kind
-        clean.append(part)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            field = kind.model_fields.get(str(part))
-            kind = field.annotation if field else None
-        else:
-            kind = get_args(kind)[-1] if get_args(kind) else None
-    return tuple(clean), kind
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, types.UnionType)
-
-
-def _keys_at(kind: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the node at ``loc`` would accept."""
-    found = _walk(kind, loc)[1]
-    return list(found.model_fields) if isinstance(found, type) and issubclass(found, BaseModel) else []

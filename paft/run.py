@@ -21,13 +21,14 @@ from paft import data, provenance
 from paft.adapter import concatenate, read_adapter, save_adapter
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
-from paft.models import device, free_cores, load_model, load_tokenizer, resolve_base, wrap
-from paft.parallel import run_graph
+from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
+from paft.parallel import gpus, run_graph
 from paft.progress import Progress, say
-from paft.recipe import RunRecipe
+from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
+from paft.train.reference import named_hash
 from paft.train.stage import train
 
 Rows = dict[str, list[data.Row]]
@@ -45,6 +46,7 @@ class Run:
     text: list[data.Row] = field(default_factory=list)
     base_hash: str = ""
     workers: int = 1
+    resume: bool = False
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name
@@ -57,13 +59,13 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         workers: int | None = None) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
-    ``workers``: how many trainings run side by side; None is one on a GPU or with a base of 100 MB or more, else one a core.
+    ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
     Raises UsageError for a recipe that names unknown stages, MismatchError for a target that is not empty.
     """
     check(recipe)
     if not resume:
-        provenance.check_target(out, overwrite=overwrite)
-    job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe))
+        provenance.check_target(out, overwrite=overwrite, in_place=True)
+    job = Run(recipe, out, quiet, workers=workers or _default_workers(recipe), resume=resume)
     started = time.monotonic()
     _read_data(job)
     with provenance.set_aside(out, aside=overwrite and not resume):
@@ -71,9 +73,9 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
 
 
 def _default_workers(recipe: RunRecipe) -> int:
-    """A small model cannot use two cores for one training, but two trainings can; a large one fills the device alone."""
+    """A training fills a GPU; a small model cannot use two cores for one training, but two trainings can."""
     size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
-    return free_cores() if device() == "cpu" and size < 100e6 else 1
+    return len(gpus()) or (free_cores() if size < 100e6 else 1)
 
 
 def _execute(job: Run, started: float) -> dict[str, Any]:
@@ -104,7 +106,9 @@ def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
 
 def _read_data(job: Run) -> None:
     spec = job.recipe.data
-    job.sft, job.pref = data.splits(spec.sft, "sft"), data.splits(spec.pref, "pref")
+    how = data.Reading(on_bad_row=job.recipe.on_bad_row, seed=job.recipe.seed,
+                       note=lambda line: say(f"note: {line}", quiet=job.quiet))
+    job.sft, job.pref = data.splits(spec.sft, "sft", how=how), data.splits(spec.pref, "pref", how=how)
     if spec.text:
         split = job.recipe.evaluate.split
         job.text = data.load_rows(spec.text, "text", split if spec.text.startswith("demo:") else None)
@@ -127,6 +131,8 @@ def _is_done(job: Run, name: str) -> bool:
     rows = {key: data.content_hash(found) for key, found in _rows(job, job.recipe.train[name].objective).items() if found}
     before = provenance.read_manifest(Path(stage.on)) if stage.on else None
     on = manifest["base"].get("on", {}).get("content_sha256")
+    named = named_hash(stage) if isinstance(stage, DpoRecipe) else None
+    same = same and named in (None, (manifest.get("reference") or {}).get("content_sha256"))
     return (same and manifest["inputs"] == rows and manifest["base"]["content_sha256"] == job.base_hash
             and on == (before or {}).get("content_sha256") and not provenance.verify(job.adapter(name)))
 
@@ -155,8 +161,9 @@ def _train_all(job: Run) -> None:
 
 
 def _train_one(job: Run, name: str) -> dict[str, Any]:
-    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, job.recipe.train[name].objective),
-                 overwrite=True, quiet=job.quiet or job.workers > 1, label=name)
+    objective = job.recipe.train[name].objective
+    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, objective), overwrite=True,
+                 resume=job.resume and objective != "joint", quiet=job.quiet or job.workers > 1, label=name)
 
 
 def _minutes(seconds: float) -> str:
@@ -205,12 +212,12 @@ def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
     store = job.out / "scores.json"
     cache = json.loads(store.read_text()) if store.is_file() else {}
     beta, pref = recipe.defaults.dpo.beta, recipe.data.pref
-    source = pref if isinstance(pref, str) else getattr(pref, said.split) or pref.train
+    source = (getattr(pref, said.split) or pref.train) if isinstance(pref, Splits) else pref
     context = [said.model_dump(), beta, job.base_hash, *map(data.content_hash, vars(held).values())]
     keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
     if not cache.keys() >= set(keys.values()):
         base = load_model(recipe.model)
-        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list))
+        tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list), template=recipe.chat_template)
         score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, judge_of(source)).against(base)
         with Progress("evaluate", len(keys), quiet=job.quiet) as show:
             for done, (name, key) in enumerate(keys.items(), 1):

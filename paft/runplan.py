@@ -7,10 +7,11 @@ from pathlib import Path
 
 from paft.errors import UsageError, did_you_mean
 from paft.merge.settings import Settings, native
-from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Splits, TrainRecipe, validate
+from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Sources, Splits, TrainRecipe, validate
 from paft.train.stage import check_trainer
 
-RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "eval_fraction")
+RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "eval_fraction", "columns", "streaming",
+            "on_bad_row", "chat_template")
 
 
 def check(recipe: RunRecipe) -> None:
@@ -66,11 +67,12 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     keys = ("l1", "l1_solver", "l1_warmup", "l1_target_sparsity", "l2", "lam")
     said = {key: getattr(stage, key) for key in keys if getattr(stage, key) is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
+    said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}
     said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
     return validate(type(base), base.model_dump() | said)
 
 
-def _sources(recipe: RunRecipe, objective: str) -> dict[str, str]:
+def _sources(recipe: RunRecipe, objective: str) -> dict[str, Sources]:
     first = {role: spec.train if isinstance(spec, Splits) else spec
              for role, spec in (("sft", recipe.data.sft), ("pref", recipe.data.pref))}
     return {"sft": {"data": first["sft"]}, "dpo": {"data": first["pref"]},

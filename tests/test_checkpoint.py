@@ -60,6 +60,12 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
         {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}},
+        {"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}},
+        {"a": {"dtype": None, "shape": [2], "data_offsets": [0, 8]}},
         {"a": 3},
         [],
     ],
@@ -73,6 +79,13 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object) -> None:
 
 def index(path: Path, weight_map: object) -> None:
     (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_header_without_end_is_refused(tmp_path: Path) -> None:
+    text = b"[" * 100_000 + b"]" * 100_000
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(MismatchError, match="complete"):
+        Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,38 @@ def test_an_interrupt_in_training_leaves_nothing(world: World) -> None:
     assert done.returncode == 130
     assert done.stdout == "" and done.stderr.split() == "error: interrupted; nothing half-made was kept".split()
     assert sorted(world.folder.rglob("*")) == before
+
+
+STOP = """
+import os, signal, sys
+from paft.cli import main
+from paft.merge import writer
+copy = writer.write_companions
+def stop(*args):
+    os.kill(os.getpid(), getattr(signal, os.environ["STOP"]))
+    copy(*args)
+writer.write_companions = stop
+sys.argv[0] = "paft"
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_stopped_merge_leaves_nothing(world: World, name: str) -> None:
+    before = sorted(world.folder.rglob("*"))
+    done = subprocess.run([sys.executable, "-c", STOP, *world.merge()], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "STOP": name})
+    assert done.returncode == 130
+    assert done.stdout == "" and done.stderr.split() == "error: interrupted; nothing half-made was kept".split()
+    assert sorted(world.folder.rglob("*")) == before
+
+
+def test_a_failed_write_without_a_name_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def broken() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("paft.cli.system.catalog", broken)
+    assert_one_error(capsys, invoke(["recipes", "ls"]), 5, "input/output error")
 
 
 def test_a_closed_pipe_is_no_error() -> None:

@@ -95,6 +95,8 @@ def test_a_bad_setting_is_told_with_its_line(world: World, capsys: Capture, old:
 
 def test_a_bad_flag_is_blamed_itself(world: World, capsys: Capture) -> None:
     arguments = [*recipe(world, OURS), "-p", "density={layers: 7, value: 0.5}"]
+    assert_one_error(capsys, invoke(arguments), 2, "-p density={layers: 7, value: 0.5}: layers 7")
+    arguments = [*recipe(world, OURS), "--set", "parameters.density={layers: 7, value: 0.5}"]
     assert_one_error(capsys, invoke(arguments), 2, "--set parameters.density={layers: 7, value: 0.5}: layers 7")
 
 
@@ -115,6 +117,16 @@ def test_the_plan_shows_what_varies_in_eighty_columns(world: World, capsys: Capt
     lines = profile_lines(wide)
     assert len(lines) == 10 and all(len(line) < 80 for line in lines) and lines[-1] == "and 12 more rows (--json shows all)"
     assert lines[1].endswith("0.123")
+
+
+def test_the_result_of_many_adapters_fits_eighty_columns(world: World, capsys: Capture, make_adapter: AdapterFactory) -> None:
+    names = [f"llama-8b-instruct-sft-{i}" for i in range(5)]
+    for seed, name in enumerate(names):
+        make_adapter(world.base, seed + 10).rename(world.folder / name)
+    assert invoke(["merge", *(str(world.folder / name) for name in names), "-o", str(world.out), "-q"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(world.out) not in line]
+    assert all(len(line) < 80 for line in lines)
+    assert all(f"{name} 100%" in " ".join(line.strip() for line in lines) for name in names)
 
 
 def test_a_recipe_may_choose_its_engine(world: World, capsys: Capture) -> None:

@@ -66,6 +66,14 @@ def test_no_gpu_is_one_line(tiny_base: Path, make_adapter: AdapterFactory, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["lora", "delta"])
+def test_what_is_no_whole_model_is_not_made_there(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, kind: str,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["merge", str(make_adapter(tiny_base, 1)), "--device", "cuda", "--output-kind", kind, "-o", str(tmp_path / "out")]
+    assert invoke(arguments) == 2
+    assert "only a whole model" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp", "task_arithmetic"])
 def test_a_gpu_gives_the_cpu_s_model_to_rounding(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path,

@@ -40,8 +40,9 @@ def base(dtype: torch.dtype) -> torch.Tensor:
     return weight
 
 
-def run(deltas: list[Tiled], plan: Plan, weight: torch.Tensor, *, elements: int = BLOCK * COLUMNS) -> tuple[torch.Tensor, Tally]:
-    entry = Entry("w", Path("w"), NAMES[weight.dtype], tuple(weight.shape), 0, weight.nbytes)
+def run(deltas: list[Tiled], plan: Plan, weight: torch.Tensor, *, elements: int = BLOCK * COLUMNS,
+        file: Path = Path("w")) -> tuple[torch.Tensor, Tally]:
+    entry = Entry("w", file, NAMES[weight.dtype], tuple(weight.shape), 0, weight.nbytes)
     tally, source = Tally([str(i) for i in range(len(deltas))]), weight.clone()
     tiles = tensor.merged_tiles(entry, deltas, plan, lambda a, b: source[a:b], weight.dtype, tally, elements)
     return torch.cat([tile.clone() for tile in tiles]), tally
@@ -121,13 +122,34 @@ def test_the_cut_among_equal_magnitudes_is_kept_in_any_row_and_chunk() -> None:
 
 @pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_overflow_is_seen(dtype: torch.dtype) -> None:
+def test_overflow_is_seen(dtype: torch.dtype, tmp_path: Path) -> None:
     from paft.errors import MismatchError
 
     delta = torch.zeros(ROWS, COLUMNS)
     delta[77, 1050] = torch.finfo(dtype).max
-    with pytest.raises(MismatchError, match="w does not fit"):
-        run([DenseTensor(delta)], Plan([keep], WeightedSum((3.0,))), base(dtype))
+    file = stored(base(dtype), tmp_path)
+    with pytest.raises(MismatchError, match=r"^w does not fit into (bfloat16|float32) after merging"):
+        run([DenseTensor(delta)], Plan([keep], WeightedSum((3.0,))), base(dtype), file=file)
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 1050, COLUMNS - 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_base_that_is_not_finite_is_blamed_itself(dtype: torch.dtype, column: int, bad: float, tmp_path: Path) -> None:
+    from paft.errors import MismatchError
+
+    weight = base(dtype)
+    weight[77, column] = bad
+    for scale in (1.0, 0.0):
+        with pytest.raises(MismatchError, match="the base's w holds NaN or infinity"):
+            run(products(1), Plan([keep], WeightedSum((scale,))), weight, file=stored(weight, tmp_path))
+
+
+def stored(weight: torch.Tensor, folder: Path) -> Path:
+    """A file that begins with the bytes of a tensor."""
+    (folder / "w").write_bytes(weight.view(torch.uint8).numpy().tobytes())
+    return folder / "w"
 
 
 @pytest.mark.usefixtures("fused")

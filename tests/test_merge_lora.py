@@ -114,6 +114,17 @@ def test_truncated_ties_reports_the_error_that_peft_sees(
     assert not verify(tmp_path / "lora")
 
 
+def test_a_base_path_that_leads_nowhere_is_not_passed_on(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    for adapter, claim in zip(pair, ("/no/where/base", "org/base"), strict=True):
+        config = json.loads((adapter / CONFIG).read_text())
+        (adapter / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": claim}))
+    named = []
+    for name, inputs in (("path", pair), ("id", pair[::-1])):
+        run(inputs, tmp_path / name, "linear", base=str(tiny_base), output_kind="lora", allow_base_mismatch=True)
+        named.append(json.loads((tmp_path / name / CONFIG).read_text())["base_model_name_or_path"])
+    assert named == [str(tiny_base), "org/base"]
+
+
 def test_a_linear_merge_is_cut_on_request(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     run(pair, tmp_path / "full", "task_arithmetic")
     report = run(pair, tmp_path / "lora", "task_arithmetic", output_kind="lora", rank=3)
@@ -199,7 +210,8 @@ def test_partial_leaves_them_out_and_counts_them(tiny_base: Path, pair: list[Pat
     energy = sum(float(delta.square().sum()) for delta in full_deltas(tiny_base, tmp_path / "tuned").values())
     assert report["left_out"] == ["model.norm.weight"] and len(peft_deltas(tiny_base, out)) == 14
     assert report["relative_error"] == pytest.approx(3 / energy**0.5, rel=1e-4)
-    assert "Left out, and in the error: 1 tensor" in (out / "README.md").read_text()
+    said = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("Left out"))
+    assert said.startswith("Left out, and in the error: 1 tensor") and len(said) < 80
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

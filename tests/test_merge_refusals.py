@@ -57,9 +57,16 @@ def other_base(adapter: Path, base: Path) -> None:
 
 
 def damaged_values(adapter: Path, base: Path) -> None:
-    """A file that changes while it is merged shows as an overflow in the middle of the writing."""
+    """Only seen in the middle of the writing."""
     tensors = load_file(base / SINGLE)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, base / SINGLE)
+
+
+def large_norm(adapter: Path, base: Path) -> None:
+    """Finite in float32, in a tensor that no adapter touches."""
+    tensors = load_file(base / SINGLE)
+    tensors["model.norm.weight"][3] = 1e6
     save_file(tensors, base / SINGLE)
 
 
@@ -72,7 +79,9 @@ BAD: dict[str, tuple[Callable[[Path, Path], None], dict[str, Any], type[PaftErro
     "wrong-base": (wrong_base, {}, MismatchError, r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
     "no-base": (base_is_gone, {}, NotFoundError, "the base that the adapters name"),
     "two-bases": (other_base, {}, MismatchError, "different bases"),
-    "overflow": (damaged_values, {}, MismatchError, r"layers\.1\.mlp\.up_proj\.weight does not fit"),
+    "base-inf": (damaged_values, {}, MismatchError, r"the base's model\.layers\.1\.mlp\.up_proj\.weight holds NaN or inf"),
+    "overflow": (NOTHING, {"dtype": "float16", "parameters": {"lambda": 1e7}}, MismatchError, "does not fit into float16"),
+    "untouched": (large_norm, {"dtype": "float16"}, MismatchError, r"the base's model\.norm\.weight does not fit into float16"),
     "method": (NOTHING, {"method": "tise"}, UsageError, "no merge method"),
     "parameter": (NOTHING, {"parameters": {"densty": 0.5}}, UsageError, "no parameter 'densty'"),
     "density": (NOTHING, {"parameters": {"density": 2.0}}, UsageError, "density must be"),

@@ -61,6 +61,21 @@ def test_the_shard_layout_changes_no_tensor(pair: list[str], tiny_base: Path, tm
     assert sorted(weight_bytes(tmp_path / "b")) == sorted(set(where.values()))
 
 
+def test_a_single_file_goes_before_an_older_index(pair: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """As transformers loads it. The output has neither the index nor what it names."""
+    from transformers import AutoModelForCausalLM
+
+    mixed = shutil.copytree(tiny_base, tmp_path / "mixed")
+    old = {name: tensor + 1 for name, tensor in load_file(mixed / SINGLE).items()}
+    save_file(old, mixed / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    (mixed / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}))
+    loaded = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32).state_dict()
+    run(pair, tmp_path / "out", base=str(mixed), method="task_arithmetic", parameters={"lambda": 0.0})
+    found = load_file(tmp_path / "out" / SINGLE)
+    assert all(torch.equal(found[name], loaded[name]) for name in found)
+    assert sorted(weight_bytes(tmp_path / "out")) == [SINGLE] and not (tmp_path / "out" / INDEX).exists()
+
+
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_the_hashes_taken_while_writing_are_those_of_the_files(pair: list[str], tiny_base: Path, tmp_path: Path,
                                                               dtype: str | None) -> None:

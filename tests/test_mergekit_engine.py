@@ -134,6 +134,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--method", "nearswap"], "mergekit's nearswap needs t"),
     (["--method", "della", "--dialect", "paper"], "cannot do --dialect paper"),
     (["--method", "della", "--output-kind", "lora"], "cannot do --output-kind lora"),
+    (["--method", "della", "--device", "cuda"], "cannot do --device cuda"),
     (["--method", "della", "-p", "density={filter: mpl, value: 0.5}"], "filter 'mpl'"),
 ]
 

@@ -84,6 +84,8 @@ BAD: dict[str, tuple[str, str, str, int, str, str]] = {
     "mixed list": (TIES, "[0.2, 0.4]", "[0.2, {value: 1}]", 7, "density should be a value, a gradient", ""),
     "empty gradient": (TIES, "[0.2, 0.4]", "[]", 7, "density should be a value, a gradient", ""),
     "no value": (TIES, "normalize: true", "normalize:", 9, "normalize has no value", ""),
+    "key of the method": (TIES, "merge_method:", "merge_metod:", 1, "unknown key 'merge_metod'", "'merge_method'"),
+    "no method": (TIES, "merge_method: ties", "merge_method:", 1, "names no merge_method", "merge_method: ties"),
     "method": (TIES, "merge_method: ties", "merge_method: tise", 1, "no merge method 'tise'", "'ties'"),
     "method that paft lacks": (TIES, "merge_method: ties", "merge_method: arcee_fusion", 1, "not one of paft's", "--engine"),
     "modules": (*put("modules: {}"), 8, "modules is not supported: paft merges", "itself"),
@@ -127,9 +129,10 @@ def test_what_is_wrong_is_told_with_its_line(case: str, tmp_path: Path, tiny_bas
     assert hint in (caught.value.hint or "") and "\n" not in caught.value.message
 
 
-def test_a_refusal_exits_with_2_and_writes_nothing(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "merge.yml").write_text("merge_method: ties\nmodels: []\n")
-    assert_one_error(capsys, invoke(["merge", "-c", str(tmp_path / "merge.yml"), "-o", str(tmp_path / "out")]), 2, "merge.yml:2:")
+@pytest.mark.parametrize(("key", "said"), [("merge_method", "merge.yml:2: models"), ("merge_metod", "merge.yml:1: unknown key")])
+def test_a_refusal_exits_with_2_and_writes_nothing(key: str, said: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "merge.yml").write_text(f"{key}: ties\nmodels: []\n")
+    assert_one_error(capsys, invoke(["merge", "-c", str(tmp_path / "merge.yml"), "-o", str(tmp_path / "out")]), 2, said)
     assert [file.name for file in tmp_path.iterdir()] == ["merge.yml"]
 
 

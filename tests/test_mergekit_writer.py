@@ -117,6 +117,9 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
                                   "takes t, and these weights vary"),
     "the base as an input": ("method: ties\nbase: @base\nadapters: [@a, @base]", [], "in mergekit's ties the base is no input"),
     "a sum of models": ("method: linear\nadapters: [@a, @b]\nparameters: {normalize: false}", [], "the base is scaled"),
+    "rounding": ("method: ties\nadapters: [@a, @b]", ["--rounding", "stochastic"], "cannot express --rounding stochastic"),
+    "a value out of range": ("method: ties\nadapters: [@a, @b]", ["-p", "density=2"], "density must be in (0, 1]"),
+    "t and weights": ("method: slerp\nadapters: [@a, @b]", ["-p", "t=0.3", "--weights", "1,2"], "slerp takes t or weights"),
 }
 
 

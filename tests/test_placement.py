@@ -34,6 +34,15 @@ def add(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Harm:
     return harm
 
 
+def drop(name: str) -> Harm:
+    def harm(adapter: Path, base: Path) -> None:
+        tensors = load_file(adapter / WEIGHTS)
+        del tensors[name]
+        save_file(tensors, adapter / WEIGHTS)
+
+    return harm
+
+
 def tokens(*rows: int, width: int = 32) -> Harm:
     def harm(adapter: Path, base: Path) -> None:
         edit_config(adapter, trainable_token_indices=list(rows))
@@ -73,6 +82,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Harm, str, str]] = {
     "saved-shape": ("llama", SAVES, add(PRE + "lm_head.weight", 40, 33), r"lm_head\.weight is \[40, 33\]", "trained on"),
     "saved-integers": (
         "llama", SAVES, add(PRE + "lm_head.weight", 40, 32, dtype=torch.int8), r"lm_head\.weight \(I8\)", ""),
+    "not-saved": ("llama", SAVES, drop(PRE + "lm_head.weight"), r"lacks lm_head\.weight, which its modules", "incomplete"),
     "undeclared": ("llama", {}, add(PRE + "model.norm.weight", 32), r"replaces model\.norm\.weight", "modules_to_save"),
     "row-outside": ("llama", {}, tokens(1, 40), r"row 40 of model\.embed_tokens\.weight, which has 40 rows", "vocabulary"),
     "row-negative": ("llama", {}, tokens(-1), "row -1 of", "vocabulary"),

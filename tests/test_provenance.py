@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from paft.errors import MismatchError, NotFoundError, PaftError
+from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError
 from paft.provenance import check_target, content_hash, output_dir, read_manifest, verify, write_manifest
 
 TENSORS = {
@@ -123,6 +124,49 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(MismatchError):
             check_target(tmp_path / "link", overwrite=overwrite)
+
+
+def test_what_a_link_leads_to_is_replaced_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
+    for text in ("1", "2"):
+        with output_dir(tmp_path / "link", overwrite=True) as directory:
+            assert directory.parent == tmp_path / "disk"
+            (directory / "file").write_text(text)
+        assert tree(tmp_path / "disk") == {"deep/file": text.encode()}
+        assert (tmp_path / "link").is_symlink()
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    for overwrite in (False, True):
+        with pytest.raises(MismatchError, match="mount point"), output_dir(tmp_path / "volume", overwrite=overwrite):
+            raise AssertionError("worked")
+    check_target(tmp_path / "volume", in_place=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+
+
+def test_a_target_that_cannot_be_moved_leaves_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if Path(source).name == "out":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="busy"), output_dir(tmp_path / "out") as directory:
+        (directory / "file").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("code", "said"), [("ENOSPC", "disk full"), ("EDQUOT", "quota"), ("EFBIG", "file size limit")])
+def test_no_room_is_the_environments_fault(code: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=said), output_dir(tmp_path / "out"):
+        raise OSError(getattr(errno, code), "as pwrite says it, without a file's name")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_path_with_dots_is_a_name_all_the_same(tmp_path: Path) -> None:

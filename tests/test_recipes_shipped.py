@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -46,12 +47,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(write_jsonl(folder / "chat.jsonl", chat_rows(100))), str(write_jsonl(folder / "pairs.jsonl", pair_rows(100)))
 
 
+@pytest.fixture(scope="module")
+def neox(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of Pythia's architecture."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    path = tmp_path_factory.mktemp("neox") / "base"
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1,
+                                     intermediate_size=48, max_position_embeddings=128, bos_token_id=None)).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / name).write_bytes((tiny_base / name).read_bytes())
+    return path
+
+
 @pytest.mark.parametrize("name", [*OF_KIND["train-sft"], *OF_KIND["train-dpo"], *OF_KIND["train-joint"]])
-def test_adapter_recipes_dry_run(name: str, files: tuple[str, str], tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_adapter_recipes_dry_run(name: str, files: tuple[str, str], tiny_base: Path, neox: Path, tmp_path: Path,
+                                 capsys: Capture) -> None:
     kind = kind_of(RECIPES[name])
+    base = neox if "pythia" in name else tiny_base
+    here = [] if importlib.util.find_spec("bitsandbytes") else ["--set", "quantize=null"]
     data = {"train-sft": ["-d", files[0]], "train-dpo": ["-d", files[1]],
             "train-joint": ["--sft-data", files[0], "--pref-data", files[1]]}[kind]
-    assert invoke([kind, "-c", name, "-m", str(tiny_base), *data, "-o", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
+    assert invoke([kind, "-c", name, "-m", str(base), *data, *here, "-o", str(tmp_path / "out"), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"] > 0 and plan["adapter_bytes"] > 0
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from paft.errors import UsageError
+from paft.provenance import to_json
 from paft.report.labels import Box, place
-from paft.report.render import Column, print_table, table, to_json, to_markdown
+from paft.report.render import Column, print_table, table, to_markdown
 
 METRICS = ["exact match", "preference accuracy", "opener", "true fact", "cross-entropy on text", "SFT loss", "seconds"]
 NAMES = ["base", "SFT → DPO (sequential)", "TIES, density 0.5, in mergekit's dialect, of SFT and DPO", "[red]x[/red]"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from paft.errors import MismatchError, UsageError
-from paft.report import render, sparsity_tables
+from paft.provenance import to_json
+from paft.report import sparsity_tables
 from paft.report.moments import GAUSSIAN_HOYER, GAUSSIAN_N_EFF, Moments
 from paft.report.sparsity import SparsityReport, sparsity
 
@@ -197,7 +198,7 @@ def test_both_averages_and_the_groups() -> None:
 
 
 def test_the_dictionary_is_versioned_json() -> None:
-    data = json.loads(render.to_json(sparsity(Source("half", {"a.0.b": all_zero(), "a.1.b": gaussian()})).to_dict()))
+    data = json.loads(to_json(sparsity(Source("half", {"a.0.b": all_zero(), "a.1.b": gaussian()})).to_dict()))
     assert data["schema"] == 1
     assert data["verdict"] == "dense" and data["overall"]["share_scaled"] > 0.5  # half is absent, half is not small
     assert data["tensors"][0]["hoyer"] is None and data["tensors"][0]["zeros"] == 48 * 80

@@ -11,6 +11,7 @@ from datakit import chat_rows, pair_rows, write_jsonl
 
 from paft.cli import invoke
 from paft.errors import UsageError
+from paft.parallel import assign, gpus
 from paft.provenance import content_hash, read_manifest, verify
 from paft.recipe import RunRecipe, validate
 from paft.report.headtohead import findings, group_of, ideal_distances, rows_of
@@ -259,3 +260,13 @@ def test_group_of_each_kind() -> None:
     expected = {"base": "base", "sft": "single", "l2": "single", "dpo": "single", "seq": "sequential", "mix": "joint",
                 "sum": "merge", "a": "control", "b": "control", "c": "control"}
     assert {name: group_of(name, given) for name in expected} == expected
+
+
+def test_every_gpu_gets_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert assign(["0", "1"], 2) == ["0", "1"]
+    assert assign(["4"], 3) == ["4", "4", "4"]
+    assert assign([], 2) == [None, None]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert gpus() == ["3", "5"]

@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from paft.data import dataset
 from paft.errors import MismatchError
 from paft.recipe import DpoRecipe, SftRecipe
-from paft.train import dpo, sft
+from paft.train import preference, sft
 from paft.train.l1 import penalty
 from paft.train.options import lora_config, trainer_config
 
@@ -40,7 +40,7 @@ def sft_trainer(base: Path, scratch: Path, *, eval_rows: Any = (), rows: int = 1
 def dpo_trainer(base: Path, scratch: Path, *, eval_rows: Any = (), rows: int = 16, **fields: Any) -> Any:
     recipe = DpoRecipe(model=str(base), lora=LORA, **fields)
     set_seed(recipe.seed)
-    return dpo.build(recipe, *parts(base), pref_rows(rows), list(eval_rows), str(scratch))
+    return preference.build(recipe, *parts(base), pref_rows(rows), list(eval_rows), str(scratch))
 
 
 MAKERS = pytest.mark.parametrize("make", [sft_trainer, dpo_trainer])

@@ -23,7 +23,7 @@ from paft.adapter import CONFIG, WEIGHTS, read_adapter
 from paft.data import dataset
 from paft.errors import MismatchError, NotFoundError, PaftError, UsageError
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.train import stage
+from paft.train import artefact, stage
 from paft.train.stage import plan, train
 
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "warmup_steps": 0}
@@ -76,8 +76,8 @@ def test_training_on_an_adapter_saves_their_exact_sum(kind: Any, tiny_base: Path
     first = make_adapter(tiny_base, seed=1, target_modules=["q_proj", "down_proj"], r=2)
     recipe = kind(model=str(tiny_base), on=str(first), lora={"r": 3, "alpha": 6}, trainer={**SHORT, "learning_rate": 1e-2})
     live: list[Any] = []
-    save = stage._save
-    monkeypatch.setattr(stage, "_save", lambda trainer, *rest: (live.append(trainer), save(trainer, *rest)))
+    save = artefact.save
+    monkeypatch.setattr(artefact, "save", lambda trainer, *rest: (live.append(trainer), save(trainer, *rest)))
     train(recipe, tmp_path / "a", rows=SFT_ROWS if kind is SftRecipe else PREF_ROWS, quiet=True)
     trainer = live[0]
     wanted = logits(trainer.model.eval())
@@ -153,7 +153,7 @@ def test_seeds_repeat_and_differ(tiny_base: Path, tmp_path: Path) -> None:
 def test_the_config_names_the_base_as_the_user_did(given: str, name: str, revision: str | None, tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"base_model_name_or_path": "/root/.cache/snapshots/ab", "target_modules": ["b", "a"], "r": 3}))
-    stage._name_base(file, given)
+    artefact.name_base(file, given)
     assert json.loads(file.read_text()) == {
         "base_model_name_or_path": name, "revision": revision, "target_modules": ["a", "b"], "r": 3}
 
@@ -162,7 +162,7 @@ def test_a_base_whose_path_has_an_at_sign_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "a@b").mkdir()
     file = tmp_path / "adapter_config.json"
     file.write_text("{}")
-    stage._name_base(file, str(tmp_path / "a@b"))
+    artefact.name_base(file, str(tmp_path / "a@b"))
     assert json.loads(file.read_text()) == {"base_model_name_or_path": str(tmp_path / "a@b"), "revision": None}
 
 
@@ -233,12 +233,11 @@ def test_targets_that_match_nothing_name_the_linear_layers(targets: Any, tiny_ba
     assert "q_prj" in error.message and "q_proj" in str(error.hint) and "down_proj" in str(error.hint)
 
 
-def test_targets_that_are_no_linear_layers_are_refused_before_training(tiny_base: Path, tmp_path: Path) -> None:
-    """LoRA on an embedding is not s·B·A of a linear layer: neither the penalty nor a merge would see it."""
+def test_targets_that_lora_cannot_adapt_are_refused_before_training(tiny_base: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "d.jsonl", sft_rows(4))
-    recipe = sft_recipe(tiny_base, lora={"targets": ["embed_tokens", "q_proj"]}, data=data)
-    assert "embed_tokens" in refused(MismatchError, recipe, tmp_path / "a", SFT_ROWS, exit_code=3).message
-    with pytest.raises(MismatchError, match="embed_tokens"):
+    recipe = sft_recipe(tiny_base, lora={"targets": ["norm", "q_proj"]}, data=data)
+    assert "LlamaRMSNorm" in refused(MismatchError, recipe, tmp_path / "a", SFT_ROWS, exit_code=3).message
+    with pytest.raises(MismatchError, match="LlamaRMSNorm"):
         plan(recipe, tmp_path / "a")
 
 

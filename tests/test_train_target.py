@@ -52,11 +52,11 @@ def test_a_resumed_run_is_the_run_that_was_never_cut(
     fields: dict[str, Any], restored: bool, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Whether or not `Trainer` puts the callbacks back from the checkpoint itself."""
-    options = {**ADAM, "max_steps": 10, "save_strategy": "steps", "save_steps": 5,
-               "restore_callback_states_from_checkpoint": restored}
+    options = {**ADAM, "max_steps": 10, "save_strategy": "steps", "save_steps": 5}
     whole = sft_trainer(tiny_base, tmp_path / "a", trainer=options, **fields)
     whole.train()
     rest = sft_trainer(tiny_base, tmp_path / "b", trainer=options, **fields)
+    rest.args.restore_callback_states_from_checkpoint = restored
     rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
     assert identical(factors(whole), factors(rest))
     one, other = records(whole)[5:], records(rest)[5:]

@@ -144,7 +144,7 @@ def test_the_sft_collator_pads_and_masks() -> None:
 @pytest.mark.parametrize("kind", [SFTConfig, DPOConfig])
 def test_configs_have_the_fields_that_we_set(kind: type) -> None:
     known = set(kind.__dataclass_fields__)
-    ours = OURS - ({"beta"} if kind is SFTConfig else set())
+    ours = set(OURS) - ({"beta"} if kind is SFTConfig else set())
     used = {
         "num_train_epochs",
         "per_device_train_batch_size",

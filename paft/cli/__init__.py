@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 
@@ -39,7 +40,14 @@ _register()
 
 def main() -> None:
     """Entry point of ``paft``: exit codes as in `paft.errors`, one line and a hint for what a user can mend."""
+    for name in ("SIGTERM", "SIGHUP"):  # a scheduler's or a terminal's end cleans up as Ctrl-C does; nohup stays ignored
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), _interrupt)
     sys.exit(invoke(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def invoke(arguments: list[str]) -> int:
@@ -58,9 +66,11 @@ def invoke(arguments: list[str]) -> int:
         return _fail(error.format_message(), f"{command} --help", 2, arguments)
     except click.exceptions.Exit as done:
         return done.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
         hint = "the same command with --resume keeps the finished stages" if arguments[:1] == ["run"] else None
-        return _fail("interrupted; nothing half-made was kept", hint, 130, arguments)
+        told = getattr(stop.__cause__ or stop, "args", ())  # click wraps the interrupt
+        message, hint = told if len(told) == 2 else ("interrupted; nothing half-made was kept", hint)
+        return _fail(message, hint, 130, arguments)
     except BrokenPipeError:
         return 0
     except MemoryError:
@@ -68,10 +78,10 @@ def invoke(arguments: list[str]) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would cost a second
             return _fail(f"out of memory: {error}", SMALLER, 5, arguments)
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and error.strerror is not None:  # a failed read or write of an open file has no name
             missing = isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError)
             code = 4 if missing else 3 if isinstance(error, FileExistsError) else 5
-            return _fail(f"{error.filename}: {(error.strerror or str(error)).lower()}", None, code, arguments)
+            return _fail(f"{error.filename or 'reading or writing'}: {error.strerror.lower()}", None, code, arguments)
         return _fail(f"{type(error).__name__}: {error}".split("\n")[0],
                      "this is a bug in paft; please report it with the output of --traceback", 1, arguments)
 

@@ -96,7 +96,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
         from paft.merge.mergekit import engine as backend
 
         for key, value, only in (("dialect", recipe.dialect, "mergekit"), ("rounding", recipe.rounding, "nearest"),
-                                 ("output-kind", given["output_kind"], "full")):
+                                 ("device", given["device"], "cpu"), ("output-kind", given["output_kind"], "full")):
             if value != only:
                 raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
         if given["rank"] is not None or given["max_error"] is not None:
@@ -126,12 +126,13 @@ def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
     lines = [f"{out}: {count['merged']} tensors merged, {count['copied']} copied, {report['wall_s']:.1f} s"]
     kept = [f"{one['name']} {one['kept_share']:.0%}" for one in report["adapters"] if one.get("kept_share") is not None]
     if kept:
-        lines.append("entries kept: " + ", ".join(kept)
-                     + (f"; sign conflicts {report['sign_conflicts']:.0%}" if report.get("sign_conflicts") is not None else ""))
+        kept[-1] += f"; sign conflicts {report['sign_conflicts']:.0%}" if report.get("sign_conflicts") is not None else ""
+        lines += textwrap.wrap("entries kept: " + ", ".join(kept), 79, subsequent_indent="  ", break_long_words=False,
+                               break_on_hyphens=False)
     if "rounding" in report:
         lost = report["rounding"]
         lines.append(f"rounding to the output dtype keeps {lost['entries_surviving']:.1%} of the changed entries")
-    return [*lines, f"next: paft eval {out} --base {report.get('base', 'BASE')} \\", "        --sft-data ... --pref-data ..."]
+    return [*lines, f"next: paft eval {out} --base {report['base']} \\", "        --sft-data ... --pref-data ..."]
 
 
 def _weights(text: str | None) -> list[float] | None:

@@ -24,6 +24,8 @@ def read_recipe(
         document, notes = read(document, engine=flags.get("engine") or "paft")
     _give_way(document, parameters, flags)
     amend(MergeRecipe, document, (*sets, *(f"parameters.{item}" for item in parameters)), flags)
+    short = {f"--set parameters.{item}": f"-p {item}" for item in parameters}
+    document.lines.update({loc: short[line] for loc, line in document.lines.items() if line in short})  # as it was typed
     return validate(MergeRecipe, document.data, document), document, notes
 
 
@@ -60,19 +62,25 @@ def pointing_at(document: Document) -> Iterator[None]:
 def export(recipe: MergeRecipe, output_kind: str, file: Path, *, overwrite: bool,
            allow_base_mismatch: bool = False) -> list[str]:
     """Write the merge as mergekit's YAML, after all checks that need no pass over the tensors."""
+    from paft.delta import TILE_ELEMENTS
     from paft.merge.inputs import open_inputs
+    from paft.merge.job import Job
     from paft.merge.mergekit.contracts import signature
     from paft.merge.mergekit.writer import to_yaml
     from paft.merge.settings import Settings, native
 
     if output_kind != "full":
         raise UsageError(f"mergekit cannot express --output-kind {output_kind}: it writes whole models")
+    if recipe.rounding != "nearest":
+        raise UsageError(f"mergekit cannot express --rounding {recipe.rounding}", hint="leave it at nearest")
     if file.exists() and not overwrite:
         raise MismatchError(f"{file} exists", hint="name another file, or pass --overwrite")
     known = native(recipe.method, recipe.dialect) if recipe.engine == "paft" else signature(recipe.method)
     settings = Settings.read(known, recipe.adapters, recipe.parameters, recipe.weights)
     inputs = open_inputs(settings.inputs, recipe.base, allow_base_mismatch=allow_base_mismatch)
     settings = settings.over(inputs.base.entries)
+    if recipe.engine == "paft":
+        Job(inputs, recipe.method, settings, recipe.dialect, recipe.seed, None, output_kind, TILE_ELEMENTS, 1).check_parameters()
     for _ in settings.distinct(inputs.touched()):
         pass
     text = to_yaml(settings, inputs, dialect=recipe.dialect, dtype=recipe.dtype, engine=recipe.engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from paft.catalog import find
+from paft.provenance import to_json
 
 F = Callable[..., Any]
 
@@ -50,7 +50,7 @@ def recipe_file(name: str | None) -> Path | None:
 
 def show(result: Any, lines: Sequence[str], *, as_json: bool) -> None:
     """A command's result on stdout: JSON, or lines for people."""
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False, default=str) if as_json else "\n".join(lines))
+    click.echo(to_json(result) if as_json else "\n".join(lines), nl=not as_json)
 
 
 def hang(rows: Sequence[tuple[str, ...]], width: int = 79) -> list[str]:

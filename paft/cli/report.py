@@ -37,7 +37,8 @@ def sparsity_report(adapters: tuple[str, ...], threshold: float, by: Any, markdo
 
     quiet_libraries()
     from paft.adapter import read_adapter
-    from paft.report.render import print_table, to_json, to_markdown
+    from paft.provenance import to_json
+    from paft.report.render import print_table, to_markdown
     from paft.report.sparsity import sparsity
     from paft.report.sparsity_tables import breakdown, summary
 
@@ -96,8 +97,9 @@ def evaluate(candidates: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
     quiet_libraries()
     from paft.candidates import score
+    from paft.provenance import to_json
     from paft.report.headtohead import columns_of
-    from paft.report.render import print_table, to_json
+    from paft.report.render import print_table
 
     rows = score(list(candidates), **{key: value for key, value in given.items() if key != "traceback"})
     if as_json:

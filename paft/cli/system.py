@@ -23,7 +23,7 @@ from paft.recipe import RunRecipe, load
 @options.out_option
 @click.option("--resume", is_flag=True, help="Keep finished stages whose inputs have not changed.")
 @click.option("--workers", type=click.IntRange(1), metavar="N",
-              help="Trainings side by side  [default: 1; one a core for a small base on CPU].")
+              help="Trainings side by side  [default: one a GPU; on CPU 1, or one a core for a small base].")
 @options.dry_run
 @options.overwrite
 @options.common
@@ -51,7 +51,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
 
     if dry_run:
         if not resume:
-            check_target(target, overwrite=overwrite)
+            check_target(target, overwrite=overwrite, in_place=True)
         plan = pipeline.plan(resolved, target)
         options.show(plan, _plan_lines(plan), as_json=as_json)
         return

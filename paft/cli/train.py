@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from paft.cli import options
+from paft.cli.sample import sample_lines
 from paft.errors import UsageError
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
 
@@ -16,6 +17,7 @@ MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directo
 ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both.")
 L1 = click.option("--l1", metavar="NUMBER", type=click.FloatRange(min=0),
                   help="λ of the L1 term λ·Σ|s·B·A|: a sum, so it depends on model size.")
+FULL = click.option("--full", is_flag=True, default=None, help="Train every weight instead of an adapter; makes a model.")
 L1_HOW = options.stack(
     click.option("--l1-solver", type=click.Choice(["subgradient", "proximal"]),
                  help="The paper's, or exact zeros in rows of B and columns of A  [default: subgradient]."),
@@ -25,22 +27,39 @@ L1_HOW = options.stack(
                  help="Find the λ at which this share of δ is zero, instead of --l1."),
 )
 BETA = click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True),
-                    help="β of the DPO loss  [default: 0.1].")
+                    help="β of the preference loss  [default: 0.1; for simpo 2].")
+LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
+                    help="sigmoid (DPO), ipo, hinge, robust, apo_zero, ..., kto, orpo, simpo, or a sum: sigmoid=1,sft=0.2"
+                         "  [default: sigmoid].")
+REFERENCE = click.option("--reference", metavar="base|chosen-sft|PATH",
+                         help="What the loss compares with. base: the model that the policy starts from; chosen-sft: an SFT on"
+                              " the chosen answers, trained first; or an adapter on the same base, or a model  [default: base].")
 DATA = options.stack(
-    click.option("-d", "--data", metavar="DATA", help="File, directory, hub id org/name[:split], or demo:sft / demo:pref."),
+    click.option("-d", "--data", metavar="DATA", multiple=True,
+                 help="File, directory, hub id org/name[@revision][#subset][:split], or demo:sft / demo:pref; may be repeated."),
+    click.option("--mix", metavar="W,W,...", help="Shares of the data sets in the mixture, one for each --data."),
+    click.option("--columns", metavar="OURS=THEIRS,...", help="Column names, e.g. prompt=question,completion=answer."),
+    click.option("--streaming", is_flag=True, default=None, help="Read the data while training; needs trainer.max_steps."),
     click.option("--eval-data", metavar="DATA", help="Held-out rows; their loss never contains the penalty."),
     click.option("--eval-fraction", metavar="NUMBER", type=click.FloatRange(0, 1, max_open=True),
                  help="Or hold out this share of the data."),
 )
+ROWS = options.stack(
+    click.option("--chat-template", metavar="NAME", help="zephyr, chatml, alpaca or a .jinja file, instead of the model's own."),
+    click.option("--drop-bad-rows", "on_bad_row", flag_value="drop", default=None, help="Leave out rows that cannot be used."),
+    click.option("--show-sample", is_flag=True, help="Print one row as the trainer sees it, with its loss mask, and stop."),
+)
 LAST = options.stack(
-    options.recipe_option, options.set_option("trainer.max_steps=100"),
+    ROWS, options.recipe_option, options.set_option("trainer.max_steps=100"),
     click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
-    options.dry_run, options.overwrite, options.common,
+    options.dry_run, options.overwrite,
+    click.option("--resume", is_flag=True, help="Finish what a killed process began; the result is the same."),
+    options.common,
 )
 
 
 @click.command("train-sft")
-@options.stack(MODEL, DATA, options.out_option, L1, L1_HOW, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, L1, L1_HOW, ON, FULL, LAST)
 def train_sft(**given: Any) -> None:
     """Train an SFT adapter, sparse with --l1.
 
@@ -53,16 +72,35 @@ def train_sft(**given: Any) -> None:
 
 
 @click.command("train-dpo")
-@options.stack(MODEL, DATA, options.out_option, BETA, L1, L1_HOW, ON, LAST)
+@options.stack(MODEL, DATA, options.out_option, LOSS, REFERENCE, BETA, L1, L1_HOW, ON, FULL, LAST)
 def train_dpo(**given: Any) -> None:
-    """Train a DPO adapter; its reference is the base.
+    """Train a preference adapter, with DPO or another loss.
+
+    The policy starts from the base, as PAFT's does, or from --on.
 
     \b
     paft train-dpo --model demo --data demo:pref -o adapters/dpo
     paft train-dpo -m org/name -d pairs.jsonl --beta 0.1 --eval-fraction 0.1
     paft train-dpo -m org/name -d pairs.jsonl --on adapters/sft -o adapters/both
+    paft train-dpo -m org/name -d labels.jsonl --loss kto
+    paft train-dpo -m org/name -d pairs.jsonl --reference chosen-sft
     """
-    _train(DpoRecipe, "dpo", given)
+    loss = given["loss"] = _loss(given["loss"])
+    _train(DpoRecipe, loss if isinstance(loss, str) and loss != "sigmoid" else "dpo", given)
+
+
+def _loss(text: str | None) -> str | dict[str, float] | None:
+    """``ipo``, or ``sigmoid=1,sft=0.2`` as {name: weight}."""
+    if text is None or not set(text) & set("=,"):
+        return text
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, weight = item.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            raise UsageError(f"--loss {text!r}: {weight!r} is no weight", hint="for example --loss sigmoid=1,sft=0.2") from None
+    return weights
 
 
 @click.command("train-joint")
@@ -86,7 +124,9 @@ def train_joint(**given: Any) -> None:
 
 
 def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
-    common = {key: given.pop(key) for key in ("file", "sets", "out", "overwrite", "dry_run", "as_json", "quiet", "traceback")}
+    names = ("file", "sets", "out", "overwrite", "resume", "dry_run", "show_sample", "as_json", "quiet", "traceback")
+    common = {key: given.pop(key) for key in names}
+    given |= _data(given)
     file = options.recipe_file(common["file"])
     recipe = load(kind, file, common["sets"], given)
     if not recipe.l1 and recipe.l1_target_sparsity is None and (given["l1_solver"] or given["l1_warmup"]):
@@ -97,30 +137,67 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     from paft.models import quiet_libraries
 
     quiet_libraries()
-    from paft.train import stage
+    from paft.train import sample, stage
+    from paft.train.work import leads
 
+    if common["show_sample"]:
+        found = sample.show_sample(recipe, quiet=common["quiet"])
+        options.show(found, sample_lines(found), as_json=common["as_json"])
+        return
     if common["dry_run"]:
-        plan = stage.plan(recipe, out, overwrite=common["overwrite"])
+        plan = stage.plan(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
-    manifest = stage.train(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
-    lines = _result_lines(manifest, out, bool(recipe.l1 or recipe.l1_target_sparsity))
-    options.show(manifest | {"out": str(out)}, lines, as_json=common["as_json"])
+    manifest = stage.train(recipe, out, overwrite=common["overwrite"], resume=common["resume"], quiet=common["quiet"])
+    if not leads():
+        return
+    options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, recipe), as_json=common["as_json"])
+
+
+def _data(given: dict[str, Any]) -> dict[str, Any]:
+    """``--data``, ``--mix`` and ``--columns`` as the recipe writes them."""
+    if "data" not in given:
+        return {}
+    data, mix, columns = given["data"], given.pop("mix"), given["columns"]
+    said: dict[str, Any] = {"data": (data[0] if len(data) == 1 else list(data)) if data else None}
+    if mix is not None:
+        try:
+            weights = [float(weight) for weight in mix.split(",")]
+        except ValueError:
+            raise UsageError(f"--mix {mix!r} is no list of numbers", hint="for example --mix 0.7,0.3") from None
+        if len(weights) != len(data):
+            raise UsageError(f"--mix has {len(weights)} weights for {len(data)} --data", hint="give one weight to each")
+        said["data"] = [{"source": source, "weight": weight} for source, weight in zip(data, weights, strict=True)]
+    if columns is not None:
+        pairs = [pair.partition("=") for pair in columns.split(",")]
+        if not all(ours and theirs for ours, _, theirs in pairs):
+            raise UsageError(f"--columns {columns!r} is not ours=theirs,...", hint="for example --columns prompt=question")
+        said["columns"] = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    return said
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{count} {name}" for name, count in plan["rows"].items() if count)
+    made = "model" if plan["recipe"]["full"] else "adapter"
+    left = f"  an unfinished one is there, at step {plan['unfinished']}: --resume finishes it"
     return [f"would {plan['command']} into {plan['out']}",
             f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
-            f"  adapter about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
-            f"  about {options.size(plan['memory_bytes'])} of memory in float32, before activations"]
+            f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
+            f"  about {options.size(plan['memory_bytes'])} of memory, before activations",
+            *([f"  reference: {plan['reference']}"] if plan.get("reference") else []),
+            *([left] if plan["unfinished"] else [])]
 
 
-def _result_lines(manifest: dict[str, Any], out: Path, sparse: bool) -> list[str]:
+def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
-             "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5", "share_zero": "share exactly zero",
-             "l1_relative": "λ / rms entry gradient"}
+             "eval_rewards/margins": "margin", "eval_kl": "KL", "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5",
+             "share_zero": "share exactly zero", "l1_relative": "λ / rms entry gradient"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
+    sparse = recipe.l1 or recipe.l1_target_sparsity
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
-    return [f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s", *textwrap.wrap(told, 79), f"next: {follow}"]
+    if recipe.full:
+        follow = f"paft merge {out} OTHER --base {recipe.model} --method ties"
+    best = f", the best kept: that of step {int(metrics['best_step'])}" if "best_step" in metrics else ""
+    first = f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s{best}"
+    return [first, *textwrap.wrap(told, 79), f"next: {follow}"]

@@ -93,7 +93,9 @@ def merge(
 
 def _check_output(kind: str, rounding: str, device: str) -> None:
     _known("output kind", kind, OUTPUT_KINDS)
-    check_device(_known("device", device, DEVICES))
+    if _known("device", device, DEVICES) != "cpu" and kind != "full":
+        raise UsageError(f"only a whole model is computed on {device}", hint="leave out the device")
+    check_device(device)
     if _known("rounding", rounding, ROUNDINGS) != "nearest" and kind != "full":
         raise UsageError("only a whole model is rounded", hint="leave out the rounding")
 

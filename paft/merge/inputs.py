@@ -13,7 +13,7 @@ from paft.delta import TILE_ELEMENTS, Delta, FullDelta, LoraDelta, Tiled
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.merge.deltafile import PATTERNS as DELTA_PATTERNS
 from paft.merge.deltafile import DeltaFile, base_of, is_delta
-from paft.provenance import content_hash, read_manifest
+from paft.provenance import content_hash, recorded_base
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _delta(opened: Adapter | Path, base: Checkpoint) -> Delta:
 
 def _check_base(adapters: Sequence[Adapter], base: Path) -> str | None:
     """Compare the base with what the adapters record of theirs; its hash, or None where none of them records any."""
-    recorded = {adapter.name: _recorded_base(adapter) for adapter in adapters}
+    recorded = {adapter.name: recorded_base(adapter.path) for adapter in adapters}
     if not any(recorded.values()):
         return None
     found = content_hash(base)
@@ -111,12 +111,6 @@ def _check_base(adapters: Sequence[Adapter], base: Path) -> str | None:
                 hint="pass the base it was trained on, or --allow-base-mismatch if only the type differs",
             )
     return found
-
-
-def _recorded_base(adapter: Adapter) -> str | None:
-    base = (read_manifest(adapter.path) or {}).get("base")
-    recorded = base.get("content_sha256") if isinstance(base, dict) else None
-    return recorded if isinstance(recorded, str) else None
 
 
 def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:

@@ -110,7 +110,7 @@ def _config(source: Source, ranks: dict[str, int], *, transposed: bool) -> dict[
     named = {"task_type": "CAUSAL_LM", "base_model_name_or_path": repo, "revision": revision}
     return {
         **named,
-        **{key: first[key] for key in _KEPT if first.get(key)},
+        **{key: first[key] for key in _KEPT if first.get(key) and not _is_gone(first)},
         **_targets(source.adapters if len(source.adapters) == len(source.deltas) else (), ranks),
         "peft_type": "LORA",
         "r": common,
@@ -124,6 +124,12 @@ def _config(source: Source, ranks: dict[str, int], *, transposed: bool) -> dict[
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _is_gone(config: dict[str, Any]) -> bool:
+    """Does an adapter name its base by a path, of another machine or another day, that leads nowhere?"""
+    name = config.get("base_model_name_or_path") or ""
+    return (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).expanduser().exists()
 
 
 def _targets(adapters: Sequence[Adapter], ranks: dict[str, int]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def lora_sentence(report: dict[str, Any]) -> str:
     name, worst = max(report["modules"].items(), key=lambda item: item[1]["relative_error"])
     sentence = f"Relative error {report['relative_error']:.3g}; at most {worst['relative_error']:.3g}, in\n{name}."
     if rest := report["left_out"]:
-        sentence += f"\nLeft out, and in the error: {len(rest)} tensors that LoRA cannot hold ({rest[0]}, ...)."
+        sentence += f"\nLeft out, and in the error: {len(rest)} tensors that LoRA cannot hold, such as\n{rest[0]}."
     return sentence
 
 

@@ -41,22 +41,25 @@ def add_bf16(delta, base, counts, sums):
 @jit
 def add_f32(delta, base, counts, sums):
     rows, columns = delta.shape
-    moved = np.empty(CHUNK, np.float32)
+    wide, moved = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    bits = wide.view(np.uint32)
     finite = True
     for row in range(rows):
         sums[row] = 0
         for first in range(0, columns, CHUNK):
             change, weight = delta[row, first : first + CHUNK], base[row, first : first + CHUNK]
             width = change.shape[0]
-            worst = np.float32(0)
             for j in range(width):
                 old = weight[j]
                 new = old + change[j]
                 new = old if (change[j] == 0) & (old == 0) else new
                 weight[j] = new
+                wide[j] = new
                 moved[j] = new - old
-                worst = max(worst, abs(new))
-            finite &= bool(np.isfinite(worst))
+            worst = np.uint32(0)
+            for j in range(width):  # as bits, because a maximum of floats loses NaN
+                worst = max(worst, bits[j] & np.uint32(0x7FFFFFFF))
+            finite &= worst < np.uint32(0x7F800000)
             _tally_row(change, moved, counts, sums[row])
     return finite
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from paft.checkpoint import FLOATS, Entry
+from paft.checkpoint import FLOATS, Checkpoint, Entry
 from paft.delta import Tiled, fill, tile_rows
 from paft.errors import MismatchError
 from paft.merge.device import making
@@ -29,7 +29,8 @@ def merged_tiles(entry: Entry, tensors: Sequence[Tiled], plan: Plan, read: Read,
 
     ``rounding`` None is to nearest. ``device`` is where the deltas are; the tiles come back to the CPU.
 
-    ``read(start, stop)`` gives rows of the base, once each, in order. Raises MismatchError when a value does not fit.
+    ``read(start, stop)`` gives rows of the base, once each, in order. Raises MismatchError when a value does not fit, or
+    when the base holds NaN or infinity there.
     """
     step = tile_rows(entry.columns, elements)
     spans = [(start, min(start + step, entry.rows)) for start in range(0, entry.rows, step)]
@@ -40,8 +41,18 @@ def merged_tiles(entry: Entry, tensors: Sequence[Tiled], plan: Plan, read: Read,
         with making(device):
             out = one(start, stop, weight.to(device))
         if out is None:
-            raise MismatchError(f"{entry.name} does not fit into {dtype} after merging", hint="pass --dtype float32")
+            raise _not_finite(entry, dtype, start, stop)
         yield out.cpu()
+
+
+def _not_finite(entry: Entry, dtype: torch.dtype, start: int, stop: int) -> MismatchError:
+    """Whose fault it is that rows of the result hold NaN or infinity: the base's, the type's or the deltas'."""
+    base = Checkpoint(entry.file.parent, (entry.file,), {entry.name: entry}, {})
+    if not torch.isfinite(base.tile(entry.name, start, stop)).all():
+        return MismatchError(f"the base's {entry.name} holds NaN or infinity", hint="copy or download the base again")
+    narrow = dtype == torch.float16
+    hint = "pass --dtype bfloat16, or float32" if narrow else "the delta is too large: a training diverged, or a weight is wrong"
+    return MismatchError(f"{entry.name} does not fit into {str(dtype).removeprefix('torch.')} after merging", hint=hint)
 
 
 _Tile = Callable[[int, int, torch.Tensor], torch.Tensor | None]

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, read_entries, read_header, read_json
+from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries, read_header, read_json
 from paft.delta import TILE_ELEMENTS, tile_rows
 from paft.errors import MismatchError
 from paft.provenance import tree_hash
@@ -206,7 +206,7 @@ def write_companions(base: Checkpoint, out: Path, dtype: torch.dtype | None) -> 
         hidden = source.name.startswith(".") or source.name in _OWN or source.name.endswith(_WEIGHTS)
         if source.is_file() and not hidden:
             shutil.copyfile(source, out / source.name)
-    if (base.path / INDEX).is_file():
+    if is_sharded(base.path):
         shutil.copyfile(base.path / INDEX, out / INDEX)
     if dtype is not None and not all(_stays(entry, dtype) for entry in base.entries.values()):
         _record_dtype(base, out, dtype)
@@ -247,7 +247,12 @@ def _header(file: Path, entries: list[Entry], dtype: torch.dtype | None) -> byte
 def _rounded(entry: Entry, read: Read, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     step = tile_rows(entry.columns, TILE_ELEMENTS)
     for start in range(0, entry.rows, step):
-        yield read(start, min(start + step, entry.rows)).to(dtype)
+        tile = read(start, min(start + step, entry.rows))
+        out = tile.to(dtype)
+        if not torch.equal(torch.isfinite(out), torch.isfinite(tile)):
+            raise MismatchError(f"the base's {entry.name} does not fit into {str(dtype).removeprefix('torch.')}",
+                                hint="leave out the dtype, or choose bfloat16")
+        yield out
 
 
 def _record_dtype(base: Checkpoint, out: Path, dtype: torch.dtype) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paft.report.render import Column, to_json, to_markdown
+from paft.provenance import to_json
+from paft.report.render import Column, to_markdown
 
 if TYPE_CHECKING:
     from paft.recipe import RunRecipe

@@ -6,7 +6,6 @@ never torch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,21 +105,6 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     rule = ["---:" if column.is_number(rows) else "---" for column in columns]
     body = [[_escape(column.show(row)) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body]) + "\n"
-
-
-def to_json(data: Any) -> str:
-    """JSON text with NaN and infinity as null (JSON has neither), keys in the order given."""
-    return json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return data
 
 
 def _escape(text: str) -> str:

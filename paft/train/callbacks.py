@@ -45,15 +45,16 @@ class Watch(TrainerCallback):
         self.warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress = Progress(self.label, state.max_steps, quiet=self.quiet)
+        self.progress = Progress(self.label, state.max_steps, before=state.global_step, quiet=self.quiet)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress(state.global_step, self.note)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if state.is_world_process_zero:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if not math.isfinite(float(logs.get("eval_loss", 0))):
             raise MismatchError(f"eval_loss is {logs['eval_loss']} at step {state.global_step}: training has diverged",
                                 hint="lower trainer.learning_rate, or look for broken rows in the data")

@@ -1,30 +1,26 @@
-"""DPO with the reference = the start model with the adapter off: no second model in memory."""
+"""TRL's preference trainers that have a reference, with the penalty mixed in: DPO and its kin, KTO."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_trainer import KTOTrainer
 
-from paft.data import Row, dataset
-from paft.train.options import lora_config, trainer_config
 from paft.train.penalised import Penalised
-
-if TYPE_CHECKING:
-    from paft.recipe import DpoRecipe
 
 
 class PenalisedDPOTrainer(Penalised, DPOTrainer):
-    """L = -log σ(β·(Δ_chosen - Δ_rejected)) + penalty, Δ = log π/π_ref summed over an answer's tokens (DPO, eq. 7)."""
+    """L = -log σ(β·(Δ_chosen - Δ_rejected)) + penalty, Δ = log π/π_ref summed over an answer's tokens (DPO, eq. 7).
+
+    That is the loss ``sigmoid``; TRL's other losses of pairs are functions of the same two Δ.
+    """
+
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-def build(recipe: DpoRecipe, model: Any, tokenizer: Any, rows: list[Row], eval_rows: list[Row], scratch: str) -> Any:
-    """A DPO trainer for ``recipe``; ``peft_config`` (not a PeftModel) makes TRL take the adapter-off model as reference."""
-    trainer = PenalisedDPOTrainer(
-        model=model, args=trainer_config(DPOConfig, recipe, scratch, learning_rate=5e-6, beta=recipe.beta),
-        processing_class=tokenizer, train_dataset=dataset(rows), eval_dataset=dataset(eval_rows) if eval_rows else None,
-        peft_config=lora_config(recipe.lora),
-    )
-    trainer.recipe = recipe
-    return trainer
+class PenalisedKTOTrainer(Penalised, KTOTrainer):
+    """L = w·(1 - σ(±β·(Δ - KL))) + penalty, + for a desirable answer and - for an undesirable one (KTO, eq. 7 and 8).
+
+    KL is the mean Δ of each prompt with its neighbour's answer in the batch, not below 0 and without gradient.
+    """
+
+    reference_columns = ("ref_logps", "ref_KL_logps")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import SaveStrategy
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -73,6 +74,7 @@ class JointTrainer(Penalised, TwoObjectives):
 def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str) -> Any:
     """A joint trainer for ``recipe`` on ``rows`` = {"sft": ..., "pref": ...}."""
     args = trainer_config(DPOConfig, recipe, scratch, learning_rate=5e-5, beta=recipe.beta)
+    args.save_strategy = SaveStrategy.NO  # a checkpoint would not know where the SFT data stand
     # Built before the trainer: constructing a config resets accelerate's shared state under a live trainer.
     sft = SFTConfig(output_dir=scratch, seed=recipe.seed, max_length=args.max_length, bf16=args.bf16, report_to="none",
                     per_device_train_batch_size=recipe.sft_batch_size or args.per_device_train_batch_size)

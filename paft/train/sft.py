@@ -8,7 +8,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from paft.data import Row, dataset
-from paft.train.options import lora_config, trainer_config
+from paft.train.dense import dense
+from paft.train.options import peft_config, trainer_config
 from paft.train.penalised import Penalised
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ class SparseSFTTrainer(Penalised, SFTTrainer):
 
 def build(recipe: SftRecipe, model: Any, tokenizer: Any, rows: list[Row], eval_rows: list[Row], scratch: str) -> Any:
     """An SFT trainer for ``recipe``, ready to train; prompts are masked out of the loss."""
-    trainer = SparseSFTTrainer(
-        model=model, args=trainer_config(SFTConfig, recipe, scratch, learning_rate=2e-4), processing_class=tokenizer,
-        train_dataset=dataset(rows), eval_dataset=dataset(eval_rows) if eval_rows else None, peft_config=lora_config(recipe.lora),
+    kind, rate = (dense(SparseSFTTrainer), 2e-5) if recipe.full else (SparseSFTTrainer, 2e-4)
+    trainer = kind(
+        model=model, args=trainer_config(SFTConfig, recipe, scratch, learning_rate=rate), processing_class=tokenizer,
+        train_dataset=dataset(rows), eval_dataset=dataset(eval_rows) if eval_rows else None, peft_config=peft_config(recipe),
     )
     trainer.recipe = recipe
     return trainer

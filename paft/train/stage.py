@@ -2,53 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import os
+import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from paft import hub
-from paft.adapter import CONFIG, WEIGHTS, Adapter, check_low_rank, concatenate, read_adapter, save_adapter
-from paft.card import adapter_card
+from paft.adapter import Adapter, check_low_rank, read_adapter
 from paft.checkpoint import Checkpoint
-from paft.data import Row, check_leakage, content_hash, hold_out, load_rows
-from paft.errors import MismatchError, UsageError
-from paft.models import linear_names, load_model, load_tokenizer, parameters, resolve_base, skeleton
+from paft.data import Row, content_hash
+from paft.errors import MismatchError, ResourceError, UsageError
+from paft.models import linear_names, load_model, parameters, resolve_base, skeleton
 from paft.placement import place
 from paft.progress import say
-from paft.provenance import check_target, output_dir, tensor_files, write_manifest
-from paft.provenance import content_hash as tensor_hash
+from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.tokens import boundary_moves
-from paft.train.l1 import nonlinear_layers
+from paft.train import artefact, losses, reference, work
+from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_dora, note_packing
+from paft.train.dense import Start
+from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
+from paft.train.l1 import lora_factors, nonlinear_layers
 from paft.train.options import check_options, check_penalty, lora_config, trainer_config
+from paft.train.rendering import template_errors
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
 Rows = dict[str, list[Row]]
 
 
-def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """What ``train`` would do, after every check that needs no model in memory."""
+def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """What ``train`` would do, after every check that needs no model in memory; ``unfinished`` is the step of a killed one."""
     check_target(out, overwrite=overwrite)
-    rows = _load(recipe)
-    model = _require(recipe.model, "--model")
-    base = resolve_base(model)
-    _start(recipe)
+    left = work.newest(work.place(out))
     check_trainer(recipe)
-    load_tokenizer(model, chat=_is_chat(rows))
+    rows = load(recipe, quiet)
+    check_evaluation(recipe, rows)
+    base = resolve_base(require(recipe.model, "--model"))
+    _start(recipe)
+    held, more = reference.foretell(recipe, out) if isinstance(recipe, DpoRecipe) else (None, 0)
+    recipe = fitted(recipe, base, _config_kind(recipe).max_length)
+    tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
+    width = 0.6 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]  # bytes a parameter of the frozen base
     size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
-    return {"command": recipe.kind, "out": str(out), "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
+    return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
+            "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "memory_bytes": 4 * parameters(base) + 16 * adapter, "recipe": recipe.model_dump()}
+            "reference": held, "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
+            "recipe": recipe.model_dump()}
 
 
 def _steps(args: Any, rows: int) -> int:
@@ -64,6 +71,8 @@ def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
     """Trainable parameters, from a model without storage; MismatchError where ``lora.targets`` match nothing."""
     from peft import get_peft_model
 
+    if recipe.full:
+        return parameters(base)
     with _named_targets(recipe, skeleton(base)) as model:
         return get_peft_model(model, lora_config(recipe.lora), low_cpu_mem_usage=True).get_nb_trainable_parameters()[0]
 
@@ -78,99 +87,130 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
     try:
         yield model
     except ValueError as error:
+        if odd := re.match(r"Target module (\w+)\(.* is not supported", str(error), flags=re.S):
+            said = f"lora.targets {recipe.lora.targets!r} match a {odd[1]}, which LoRA cannot adapt"
+            raise MismatchError(said, hint=hint) from error
         if "arget modules" not in str(error):
             raise
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match no module of {recipe.model}", hint=hint) from error
+    if recipe.full:
+        return
     if odd := nonlinear_layers(model):
         raise MismatchError(f"lora.targets {recipe.lora.targets!r} match {odd[0]}, which is no linear layer", hint=hint)
+    check_names(recipe.lora, [name for name, *_ in lora_factors(model)], [name for name, _ in model.named_modules()])
 
 
-def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, quiet: bool = False,
-          label: str | None = None) -> dict[str, Any]:
+def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, resume: bool = False,
+          quiet: bool = False, label: str | None = None) -> dict[str, Any]:
     """Train one adapter and write it to ``out`` (PEFT format, card, `paft.json`, log.jsonl); returns the manifest.
 
     ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
-    plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base.
+    plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base. ``resume``
+    finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
+    an ``out`` that the same recipe, base and data have made already is returned as it is. Under `accelerate launch` every
+    process calls this; the first one writes.
     """
-    check_target(out, overwrite=overwrite)
+    quiet = quiet or not work.leads()
+    _check_joint(recipe, resume)
+    if not resume:
+        check_target(out, overwrite=overwrite)
+    check_trainer(recipe)
     on = _start(recipe)
-    rows = _load(recipe) if rows is None else rows
-    started = time.monotonic()
-    with output_dir(out, overwrite=overwrite) as directory, tempfile.TemporaryDirectory() as scratch:
-        trainer = _build(recipe, rows, scratch)
-        _note_boundary(trainer.processing_class, rows, quiet)
-        _note_dora(trainer, quiet)
-        _count_dropped(trainer, len(rows["pref" if "pref" in rows else "train"]), quiet)
-        _run(trainer, label or out.name, directory / "log.jsonl", quiet)
+    rows = load(recipe, quiet) if rows is None else rows
+    check_evaluation(recipe, rows)
+    base = resolve_base(require(recipe.model, "--model"))
+    begun = _begun(recipe, rows)
+    if resume and not overwrite and (manifest := work.finished(out, begun)):
+        say(f"{out} is finished already", quiet=quiet)
+        return manifest
+    check_target(out, overwrite=overwrite)
+    with (work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running,
+          tempfile.TemporaryDirectory() as scratch):
+        held = None
+        if isinstance(recipe, DpoRecipe):
+            again = partial(train, resume=True, quiet=quiet)
+            held = reference.prepare(recipe, rows, running.directory, Path(scratch), again)
+            rows = losses.shaped(recipe, rows)
+        fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
+        trainer = _build(fit, rows, str(running.directory), held, quiet)
+        note_packing(recipe, quiet=quiet)
+        note_dora(trainer, quiet=quiet)
+        note_boundary(trainer.processing_class, rows, quiet)
+        count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
+        _run(trainer, label or out.name, running, quiet)
         metrics = _metrics(trainer, bool(rows.get("eval")))
-        _save(trainer, recipe, on, directory)
-        manifest = write_manifest(
-            directory, command=recipe.kind, recipe=recipe.model_dump(), seed=recipe.seed, base=_base(recipe),
-            inputs={name: content_hash(found) for name, found in rows.items() if found}, metrics=metrics,
-            wall_s=round(time.monotonic() - started, 2),
-        )
-        card = adapter_card(out.name, base=recipe.model, recipe={"kind": recipe.kind, **recipe.model_dump(exclude_defaults=True)},
-                            metrics=[metrics], tags=("paft", "lora", recipe.kind.removeprefix("train-")))
-        (directory / "README.md").write_text(card, encoding="utf-8")
-    return manifest
+        told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
+                "reference": held.of(trainer) if held else None}
+        if work.leads():
+            told = artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite)
+        trainer.accelerator.wait_for_everyone()
+        return told
 
 
-def _require(value: str | None, flag: str) -> str:
-    if not value:
-        raise UsageError(f"no {flag.lstrip('-').replace('-', ' ')} given", hint=f"pass {flag}, or set it in the recipe")
-    return value
+def _check_joint(recipe: AnyRecipe, resume: bool) -> None:
+    if isinstance(recipe, JointRecipe) and recipe.full:
+        raise UsageError("train-joint trains an adapter only", hint="leave --full out")
+    if isinstance(recipe, JointRecipe) and resume:
+        raise UsageError("train-joint cannot be resumed: where its SFT data stood is not kept", hint="leave --resume out")
 
 
-def _load(recipe: AnyRecipe) -> Rows:
-    """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
-    if isinstance(recipe, JointRecipe):
-        if recipe.eval_fraction:
-            raise UsageError("joint training holds no rows out, so eval_fraction has no use",
-                             hint="score the adapter with `paft eval`")
-        return {"sft": load_rows(_require(recipe.sft_data, "--sft-data"), "sft"),
-                "pref": load_rows(_require(recipe.pref_data, "--pref-data"), "pref")}
-    role = "pref" if isinstance(recipe, DpoRecipe) else "sft"
-    train = load_rows(_require(recipe.data, "--data"), role)
-    held: list[Row] = []
-    if recipe.eval_data:
-        held = load_rows(recipe.eval_data, role)
-        check_leakage({"training data": train, "evaluation data": held})
-    elif recipe.eval_fraction:
-        train, held = hold_out(train, recipe.eval_fraction)
-    return {"train": train, "eval": held}
+def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
+    """What a training is, before its first step: `paft.json` repeats it, and a resumed training must have it in common."""
+    return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": artefact.base(recipe),
+            "inputs": {name: content_hash(found) for name, found in rows.items() if found},
+            "reference_sha256": reference.named_hash(recipe) if isinstance(recipe, DpoRecipe) else None}
 
 
 def _config_kind(recipe: AnyRecipe) -> Any:
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
+    if isinstance(recipe, DpoRecipe):
+        return losses.family(recipe).load()[1]
     return SFTConfig if isinstance(recipe, SftRecipe) else DPOConfig
 
 
 def check_trainer(recipe: AnyRecipe) -> None:
-    """UsageError for a ``trainer`` option that TRL does not have, or an L1 term that cannot be; loads no model."""
+    """UsageError for a loss, a reference, an L1 term or a ``trainer`` option that cannot be; loads no model."""
+    if isinstance(recipe, DpoRecipe):
+        losses.check(recipe)
+        reference.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
     check_penalty(recipe)
 
 
-def _is_chat(rows: Rows) -> bool:
-    return any(isinstance(found[0].get("prompt"), list) for found in rows.values() if found)
-
-
-def _build(recipe: AnyRecipe, rows: Rows, scratch: str) -> Any:
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool) -> Any:
     from transformers import set_seed
 
-    from paft.train import dpo, joint, sft
+    from paft.train import joint, preference, sft
 
-    check_trainer(recipe)
+    keep_reports_quiet(recipe.trainer.get("report_to"))
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
-    name = _require(recipe.model, "--model")
-    tokenizer = load_tokenizer(name, chat=_is_chat(rows))
-    with _usage(), _named_targets(recipe, load_model(name, on=recipe.on)) as model:
+    name = require(recipe.model, "--model")
+    tokenizer = tokenizer_for(recipe, rows, quiet)
+    with _usage(), template_errors(), _named_targets(recipe, _start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
             return joint.build(recipe, model, tokenizer, rows, scratch)
-        build = dpo.build if isinstance(recipe, DpoRecipe) else sft.build
-        return build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)  # type: ignore[arg-type]
+        if isinstance(recipe, DpoRecipe):
+            trainer = preference.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch, held, quiet=quiet)
+        else:
+            trainer = sft.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)
+        if recipe.full and (recipe.l1 or recipe.l2):
+            trainer.start = Start(resolve_base(name), trainer.model)
+        if recipe.quantize:
+            _widen(trainer.model)
+        return trainer
+
+
+def _start_model(recipe: AnyRecipe) -> Any:
+    return load_model(str(recipe.model), on=recipe.on, dtype=recipe.dtype, quantize=recipe.quantize)
+
+
+def _widen(model: Any) -> None:
+    """TRL casts the adapter of a quantised model to bfloat16, in which a step below 1/256 of a factor's entry is lost: undone."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager
@@ -178,98 +218,58 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """TRL refuses some values of its options only where it uses them: when the trainer is built, or in its first step."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         if not still_early():
             raise
         raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
+    except (ImportError, RuntimeError) as error:
+        if not (still_early() and "install" in str(error)):  # a report, an optimiser or a kernel from another package
+            raise
+        raise ResourceError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
 
 
-def _note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
-    """Say once, in one line, what TRL would say in seven: the chat template renders a prompt differently before an answer."""
-    for found in rows.values():
-        answer = next((key for key in ("completion", "chosen") if found and key in found[0]), None)
-        if answer and boundary_moves(tokenizer, found[0], answer):
-            say("note: the last tokens of a prompt change when an answer follows (chat template); the answer is taken from there",
-                quiet=quiet)
-            return
-
-
-def _note_dora(trainer: Any, quiet: bool) -> None:
-    if trainer.term.active and any(any(getattr(module, "use_dora", {}).values()) for module in trainer.model.modules()):
-        say("note: with DoRA the L1 term acts on s·B·A; its magnitudes leave the merged change dense", quiet=quiet)
-
-
-def _count_dropped(trainer: Any, given: int, quiet: bool) -> None:
-    """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
-    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
-    if not kept:
-        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
-    if kept < given and not getattr(trainer.args, "packing", False):
-        say(f"note: {given - kept} of {given} rows dropped: {why}", quiet=quiet)
-
-
-def _run(trainer: Any, label: str, log: Path, quiet: bool) -> None:
-    from transformers.trainer_callback import PrinterCallback
+def _run(trainer: Any, label: str, running: work.Work, quiet: bool) -> None:
+    from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 
     from paft.train.callbacks import Watch
+    from paft.train.keeper import Keeper
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(label, log, quiet=quiet))
+    if stopping := trainer.recipe.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(stopping.patience, stopping.threshold))
+    trainer.add_callback(Keeper(trainer, running))
+    trainer.add_callback(Watch(label, running.log, quiet=quiet))
+    if trainer.args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ResourceError(f"{asked} processes were launched, and {trainer.args.world_size} found each other",
+                            hint="launch one for each GPU, or set trainer.use_cpu")
+    trainer.accelerator.wait_for_everyone()
+    running.join()
     with _usage(lambda: trainer.state.global_step == 0):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(running.checkpoint) if running.checkpoint else None)
 
 
 def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged losses, the L1 term as it ended and, with evaluation data, the held-out loss (never with the penalty)."""
-    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss")
+    """The last logged losses, the L1 term as it ended and, with evaluation data, all that TRL measures on them (unpenalised)."""
+    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "kl")
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:
         last.update({key: record[key] for key in wanted if key in record})
     last.update(trainer.sparsity())
     if evaluate:
         held = trainer.evaluate()
-        last.update({k: v for k, v in held.items() if k in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")})
+        last.update({key: value for key, value in held.items() if key.startswith("eval_") and key not in speed})
     last["steps"] = trainer.state.global_step
+    if trainer.args.load_best_model_at_end:
+        last["best_step"] = trainer.state.best_global_step
     return {key: float(f"{value:.6g}") for key, value in last.items() if math.isfinite(float(value))}
 
 
 def _start(recipe: AnyRecipe) -> Adapter | None:
     """The adapter to train on, if the sum of it and the trained one can be written; MismatchError before any work if not."""
+    check_start(recipe)
     if recipe.on is None:
         return None
-    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(_require(recipe.model, "--model")))).adapter
+    on = place(read_adapter(recipe.on), Checkpoint.open(resolve_base(require(recipe.model, "--model")))).adapter
     check_low_rank(on)
     return on
-
-
-def _save(trainer: Any, recipe: AnyRecipe, on: Adapter | None, directory: Path) -> None:
-    # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer.model.save_pretrained(scratch, save_embedding_layers=False)
-        _name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
-        trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
-        if on is None:
-            for name in (WEIGHTS, CONFIG):
-                shutil.copyfile(Path(scratch) / name, directory / name)
-        else:
-            config, tensors = concatenate([on, trained], [1.0, 1.0])
-            save_adapter(directory, config, tensors)
-            _name_base(directory / CONFIG, str(recipe.model))
-
-
-def _name_base(file: Path, model: str) -> None:
-    """Write the base as the user named it; a hub id with its revision, never a cache path."""
-    repo, revision = hub.split_revision(model)
-    config = json.loads(file.read_text())
-    config.update(base_model_name_or_path=repo, revision=revision)
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"].sort()  # PEFT writes a set in hash order
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _base(recipe: AnyRecipe) -> dict[str, Any]:
-    path = resolve_base(str(recipe.model))
-    base: dict[str, Any] = {"name": recipe.model, "content_sha256": tensor_hash(path)}
-    if recipe.on:
-        base["on"] = {"name": recipe.on, "content_sha256": tensor_hash(hub.resolve(recipe.on, kind="adapter"))}
-    return base

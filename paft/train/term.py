@@ -144,7 +144,7 @@ class L1Term(TrainerCallback, ExportableState):
     def _task_gradients(self, model: Any) -> Iterator[tuple[Factors, Tensor]]:
         """Each layer with ∂L_task/∂B: the clipped gradient, undone, less that of the penalty."""
         layers = [each for each in lora_factors(model) if each.B.grad is not None]
-        if not any(self.in_loss().values()):
+        if not layers or not any(self.in_loss().values()):
             yield from ((each, each.B.grad / self.clip) for each in layers)  # type: ignore[operator]
             return
         value, _ = penalty(model, **self.in_loss(), scaled=self.scaled)

@@ -146,6 +146,8 @@ def parse(document: Document) -> Config:
     for key, why in _REFUSED.items():
         if data.get(key) is not None:
             source.fail((key,), f"{key} is not supported: {why}", ITSELF)
+    if data.get("merge_method") is None:
+        source.fail(("merge_method",), "the file names no merge_method", "merge_method: ties")
     given = [key for key in ("models", "slices") if data.get(key) is not None]
     if len(given) != 1:
         source.fail(tuple(given[1:]), "the file should have either models or slices", "models: [...]")
@@ -160,8 +162,7 @@ def parse(document: Document) -> Config:
                 source.fail(one.loc, f"{one.key} is given for the whole merge as well", "give it once")
         parameters += more
     base = source.ref(data["base_model"], ("base_model",)) if data.get("base_model") is not None else None
-    method = data["merge_method"]
-    return Config(source, str(method), base, members, parameters, _dtype(source), data.get("tokenizer_source"))
+    return Config(source, str(data["merge_method"]), base, members, parameters, _dtype(source), data.get("tokenizer_source"))
 
 
 def _models(source: Source, nodes: Any, loc: Loc, known: tuple[str, ...]) -> list[Member]:

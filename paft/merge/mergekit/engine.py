@@ -97,7 +97,7 @@ def merge(
             report = _finish(opened, scratch / "merged", directory, recipe, target)
             report |= {"wall_s": round(time.monotonic() - started, 3), "scratch_bytes": need, "mergekit": version}
             _record(directory, opened, recipe, report)
-    return report | {"out": str(out)}
+    return report | {"out": str(out), "base": opened.reference}
 
 
 def _record(directory: Path, opened: Inputs, recipe: dict[str, Any], report: dict[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""What a training stage trains on: the recipe's data read and checked, and the tokenizer that renders it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from paft.data import Reading, Row, Stream, check_leakage, hold_out, load_rows, open_stream
+from paft.errors import MismatchError, UsageError
+from paft.models import load_tokenizer
+from paft.progress import say
+from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
+from paft.tokens import boundary_moves
+from paft.train import losses
+from paft.train.rendering import check_rendering
+
+AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
+Rows = dict[str, list[Row]]
+T = TypeVar("T")
+
+
+def load(recipe: AnyRecipe, quiet: bool = False) -> Rows:
+    """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
+    how = Reading(on_bad_row=recipe.on_bad_row, seed=recipe.seed, note=lambda line: say(f"note: {line}", quiet=quiet))
+    if isinstance(recipe, JointRecipe):
+        if recipe.eval_fraction:
+            raise UsageError("joint training holds no rows out, so eval_fraction has no use",
+                             hint="score the adapter with `paft eval`")
+        return {"sft": load_rows(require(recipe.sft_data, "--sft-data"), "sft", how=how),
+                "pref": load_rows(require(recipe.pref_data, "--pref-data"), "pref", how=how)}
+    role = losses.role(recipe) if isinstance(recipe, DpoRecipe) else "sft"
+    how = replace(how, columns=recipe.columns)
+    source = require(recipe.data, "--data")
+    held = load_rows(recipe.eval_data, role, how=how) if recipe.eval_data else []
+    if recipe.streaming:
+        if recipe.trainer.get("max_steps", 0) < 1 or (recipe.eval_fraction and not held):
+            raise UsageError("a stream has no end that is known: it needs trainer.max_steps, and --eval-data to evaluate",
+                             hint="--set trainer.max_steps=1000")
+        return {"train": open_stream(source, role, how, held), "eval": held}
+    train = load_rows(source, role, how=how)
+    if held:
+        check_leakage({"training data": train, "evaluation data": held}, how.note)
+    elif recipe.eval_fraction:
+        train, held = hold_out(train, recipe.eval_fraction)
+    return {"train": train, "eval": held}
+
+
+def require(value: T | None, flag: str) -> T:
+    if not value:
+        raise UsageError(f"no {flag.lstrip('-').replace('-', ' ')} given", hint=f"pass {flag}, or set it in the recipe")
+    return value
+
+
+def is_chat(rows: Rows) -> bool:
+    return any(isinstance(found[0].get("prompt"), list) for found in rows.values() if found)
+
+
+def tokenizer_for(recipe: AnyRecipe, rows: Rows, quiet: bool) -> Any:
+    """The base's tokenizer, with the chat template that the recipe chooses, after a look at what it makes of the rows."""
+    tokenizer = load_tokenizer(require(recipe.model, "--model"), chat=is_chat(rows), template=recipe.chat_template)
+    check_rendering(tokenizer, rows, recipe, lambda line: say(f"note: {line}", quiet=quiet))
+    return tokenizer
+
+
+def note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
+    """Say once, in one line, what TRL would say in seven: the chat template renders a prompt differently before an answer."""
+    for found in rows.values():
+        answer = next((key for key in ("completion", "chosen") if found and key in found[0]), None)
+        if answer and boundary_moves(tokenizer, found[0], answer):
+            say("note: the last tokens of a prompt change when an answer follows (chat template); the answer is taken from there",
+                quiet=quiet)
+            return
+
+
+def count_dropped(trainer: Any, given: list[Row], quiet: bool) -> None:
+    """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
+    if isinstance(given, Stream):
+        return
+    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
+    if not kept:
+        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
+    if kept < len(given) and not getattr(trainer.args, "packing", False):
+        say(f"note: {len(given) - kept} of {len(given)} rows dropped: {why}", quiet=quiet)
