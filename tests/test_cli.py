@@ -28,7 +28,7 @@ def test_training_tells_its_result_on_stdout_and_progress_on_stderr(world: World
     out, _ = capsys.readouterr()
     result = json.loads(out)
     assert result["recipe"]["l1"] == 1e-3 and result["metrics"]["steps"] == 2 and result["out"] == str(world.out)
-    assert {"task_loss", "l1", "eval_loss"} <= result["metrics"].keys()
+    assert {"task_loss", "l1", "eval_loss", "l1_relative", "share_below_1e-5"} <= result["metrics"].keys()
     assert {file.name for file in world.out.iterdir()} > {
         "adapter_model.safetensors", "adapter_config.json", "paft.json", "README.md",
     }

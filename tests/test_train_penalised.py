@@ -32,7 +32,7 @@ LORA = {"r": 3, "alpha": 6}
 
 
 def sft_trainer(base: Path, scratch: Path, *, eval_rows: Any = (), rows: int = 16, answer: int | None = 3, **fields: Any) -> Any:
-    recipe = SftRecipe(model=str(base), lora=LORA, **fields)
+    recipe = SftRecipe(model=str(base), **{"lora": LORA, **fields})
     set_seed(recipe.seed)
     return sft.build(recipe, *parts(base), sft_rows(rows, answer=answer), list(eval_rows), str(scratch))
 

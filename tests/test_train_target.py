@@ -25,6 +25,14 @@ def test_the_controller_ends_near_its_target(solver: str, share: float, tiny_bas
     assert records(trainer)[-1]["task_loss"] < records(trainer)[0]["task_loss"] - 0.1  # by learning, not by collapsing
 
 
+def test_an_adapter_of_embeddings_alone_gets_a_lambda_as_soon_as_it_can(tiny_base: Path, tmp_path: Path) -> None:
+    """PEFT starts their A at zero, so the first step tells nothing of the entry gradient."""
+    trainer = sft_trainer(tiny_base, tmp_path, rows=8, l1_target_sparsity=0.8, l1_solver="proximal",
+                          lora={"r": 3, "targets": ["embed_tokens"]}, trainer={**ADAM, "max_steps": 4})
+    trainer.train()
+    assert [record["l1_lambda"] > 0 for record in records(trainer)] == [False, True, True, True]
+
+
 def test_the_controller_pushes_towards_its_target_and_knows_its_limits() -> None:
     assert target.moved(1.0, 0.5, 0.9, 100.0) > 1 > target.moved(1.0, 0.99, 0.9, 100.0)
     assert target.moved(1.0, 0.9, 0.9, 100.0) == 1.0

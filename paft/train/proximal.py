@@ -78,7 +78,8 @@ def proximal_step(layers: Iterable[Factors], optimizer: Any, strength: float, *,
 def settle(layers: Iterable[Factors], optimizer: Any, strength: float, *, scaled: bool = True) -> None:
     """Zero the groups that one step at the schedule's base rate would zero, and leave the others as they are.
 
-    For the end of a run: noise lifts resting groups by parts of a step, and with a rate near zero they do not fall back.
+    For the last step of a run: noise lifts resting groups by parts of a step, and with a rate near zero they do not fall back. A
+    run that is stopped early ends without it.
     """
     for group in _groups(layers, optimizer, strength, scaled, "initial_lr"):
         group.scale((group.norm > group.threshold).to(group.norm.dtype))

@@ -38,7 +38,7 @@ class L1Term(TrainerCallback, ExportableState):
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.strength: float | None = options["l1"] if options["l1_target_sparsity"] is None else None
-        self.now = self.clip = 1.0
+        self.now, self.clip = float(options["l1"]), 1.0
         self.unit = self.peak = self.travel = 0.0
         self.warmup = 0
 
@@ -69,9 +69,10 @@ class L1Term(TrainerCallback, ExportableState):
     # What the trainer calls, in this order in every optimiser step.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
-        for name, value in (kept or {}).get("attributes", {}).items():
-            setattr(self, name, value)
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+        if kept.get("args") == self.options:
+            for name, value in kept["attributes"].items():
+                setattr(self, name, value)
         share = self.options["l1_warmup"]
         self.warmup = int(share) if share >= 1 else math.ceil(share * state.max_steps)
 
@@ -83,14 +84,14 @@ class L1Term(TrainerCallback, ExportableState):
             return
         self.unit = entry_gradient(self._task_gradients(model))
         self.peak = max(self.peak, self.unit)
-        if self.strength is None:
+        if self.strength is None and self.unit:
             self.strength = START * largest(self.peak, self.options["l1_target_sparsity"])
             self.on_step_begin(args, state, control)
 
     def _due(self, state: Any, step: int) -> bool:
         """Whether rms(G) of this step is wanted: for the first λ, for the controller, or for a log record."""
         every = interval(state.max_steps) if self.options["l1_target_sparsity"] else state.logging_steps
-        return step == 1 or step % every == 0 or step == state.max_steps
+        return (self.strength is None) or step == 1 or step % every == 0 or step == state.max_steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         if getattr(optimizer, "step_was_skipped", False):
@@ -103,8 +104,8 @@ class L1Term(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, lr_scheduler: Any,
                     **kwargs: Any) -> None:
         target, step = self.options["l1_target_sparsity"], state.global_step
-        if target is not None and step > self.warmup and step % interval(state.max_steps) == 0:
-            self.strength = moved(self.strength or 0.0, self._share(model, optimizer, lr_scheduler, state), target, self.peak)
+        if self.strength and target is not None and step > self.warmup and step % interval(state.max_steps) == 0:
+            self.strength = moved(self.strength, self._share(model, optimizer, lr_scheduler, state), target, self.peak)
 
     def _share(self, model: Any, optimizer: Any, lr_scheduler: Any, state: Any) -> float:
         """The share that the controller steers by: what would be zero if the run ended here."""
