@@ -129,7 +129,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
           tempfile.TemporaryDirectory() as scratch):
         held = None
         if isinstance(recipe, DpoRecipe):
-            again = partial(train, resume=True, quiet=quiet)
+            again = partial(train, resume=resume, quiet=quiet)
             held = reference.prepare(recipe, rows, running.directory, Path(scratch), again)
             rows = losses.shaped(recipe, rows)
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
