@@ -40,7 +40,7 @@ demo: $(STAMP)
 	@$(BIN)/paft run demo --resume
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
