@@ -103,7 +103,7 @@ def _write(factor: Any, value: Tensor) -> None:
         from torch.distributed.tensor import DTensor, Replicate
 
         mesh = factor.device_mesh
-        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, factor.placements)
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim)  # each process holds all of it
     factor.copy_(value)
 
 
