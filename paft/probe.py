@@ -56,8 +56,9 @@ class Probe:
         told = f"{self.metric} on {self.data}: off {self.losses['off']:.3f}, on {self.losses['on']:.3f}"
         if abs(self.gain) < IDLE * abs(self.losses["off"]):
             return f"{told}: it does next to nothing there, so it is near zero for this task, not sparse."
-        parts = {"pruned": f"the {percent(self.kept)} of entries that hold 90 % of the energy", "half": "half of it", "double": "twice it"}
-        shares = [f"{what} {percent(self.share_of_gain(state) or 0.0)} ({self.losses[state]:.3f})" for state, what in parts.items()]
+        parts = {"pruned": f"the {percent(self.kept)} of entries that hold 90 % of the energy give", "half": "half of it gives",
+                 "double": "twice it gives"}
+        shares = [f"{what} {percent(self.share_of_gain(state) or 0.0)}" for state, what in parts.items()]
         return f"{told}; of that {'gain' if self.gain > 0 else 'loss'} {', '.join(shares)}."
 
     def to_dict(self) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def sparsity_report(adapters: tuple[str, ...], **given: Any) -> None:
     from paft.models import quiet_libraries, set_threads
 
     (quiet_libraries if given["data"] else set_threads)()
-    from paft.report.sources import open_source
+    from paft.report.sources import open_sources
 
-    sources = [open_source(name, given["base"], allow_base_mismatch=given["allow_base_mismatch"]) for name in adapters]
+    sources = open_sources(adapters, given["base"], allow_base_mismatch=given["allow_base_mismatch"])
     if given["fast"]:
         _fast(sources, given)
         return
@@ -117,9 +117,9 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
     from paft.report.advice import advise
     from paft.report.interference import interference as measure
     from paft.report.interference_tables import breakdown, summary, worst
-    from paft.report.sources import open_source
+    from paft.report.sources import open_sources
 
-    sources = [open_source(name, given["base"], allow_base_mismatch=given["allow_base_mismatch"]) for name in adapters]
+    sources = open_sources(adapters, given["base"], allow_base_mismatch=given["allow_base_mismatch"])
     paths = dict(zip([source.name for source in sources], adapters, strict=True))
     with _Bars(given["quiet"]) as bars:
         found = [measure(a, b, density=given["density"], progress=bars(f"{a.name}, {b.name}"))

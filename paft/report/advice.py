@@ -55,17 +55,17 @@ def advise(found: Interference, paths: Mapping[str, str] | None = None) -> Advic
     trimmed, voted = overall.trimmed, overall.voted_away
     cost = (f"at density {found.density:g} TIES would trim {percent(trimmed[0])} and {percent(trimmed[1])} of their energy and "
             f"vote away {percent(voted[0])} and {percent(voted[1])}")
+    told = (f"cosine {overall.cosine:.2f}, {percent(overall.in_conflict)} of the energy in conflict, "
+            f"chance {percent(overall.in_conflict_chance)}")
     excess = overall.in_conflict - overall.in_conflict_chance
     if overall.cosine >= ALIGNED:
         why = f"they point the same way (cosine {overall.cosine:.2f}): a sum counts the common part twice, an average does not"
         return Advice("linear", None, why, warnings, f"{command} linear")
     if overall.cosine <= OPPOSED or excess >= EXCESS:
         density = min(1.0, math.ceil(20 * max(overall.d90)) / 20)
-        why = (f"they contradict each other (cosine {overall.cosine:.2f}, {percent(overall.in_conflict)} of the energy in "
-               f"conflict, chance {percent(overall.in_conflict_chance)}): one sign has to win; density {density:g} keeps 90 % of both")
+        why = f"they contradict each other ({told}): one sign has to win; density {density:g} keeps 90 % of both"
         return Advice("ties", density, why, warnings, f"{command} ties -p density={density:g}")
-    why = (f"they are nearly orthogonal (cosine {overall.cosine:.3f}, {percent(overall.in_conflict)} of the energy in conflict, "
-           f"chance {percent(overall.in_conflict_chance)}): a sum keeps both, while {cost}")
+    why = f"they are nearly orthogonal ({told}): a sum keeps both, while {cost}"
     return Advice("task_arithmetic", None, why, warnings, f"{command} task_arithmetic")
 
 
@@ -74,8 +74,8 @@ def _warnings(found: Interference, sizes: tuple[float, float]) -> list[str]:
     ratio = sizes[large] / sizes[small]
     said = []
     if ratio > UNEQUAL:
-        said.append(f"{found.names[large]} is {ratio:.1f} times as large as {found.names[small]}: it wins every vote, and weights "
-                    "decide more than the method")
+        said.append(f"{found.names[large]} is {ratio:.1f} times as large as {found.names[small]}: it wins nearly every vote, and "
+                    "weights decide more than the method")
     for name, alone in zip(found.names, found.alone, strict=True):
         if alone:
             said.append(f"{len(alone)} tensors are changed by {name} alone ({alone[0]}{', ...' * (len(alone) > 1)})")

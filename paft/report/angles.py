@@ -28,7 +28,8 @@ class Angles:
     chance: float
 
     def to_dict(self) -> dict[str, float]:
-        return {"largest_cosine": self.largest, "mean_squared_cosine": self.mean_square, "chance_mean_squared_cosine": self.chance}
+        return {"largest_cosine": self.largest, "mean_squared_cosine": self.mean_square,
+                "chance_mean_squared_cosine": self.chance}
 
 
 def angles(a: Part, b: Part) -> tuple[Angles, Angles] | None:

@@ -59,7 +59,9 @@ def breakdown(found: Interference, by: str = "layer") -> tuple[Rows, list[Column
 
 def worst(found: Interference) -> str:
     """A sentence on the layers that collide most, or that none stands out."""
-    layers = [clash for clash in found.worst if clash.in_conflict > clash.in_conflict_chance + 0.005]
+    # Three deviations of a share of N equally likely signs are 1.5/√N; that energies differ doubles it.
+    layers = [clash for clash in found.worst
+              if clash.in_conflict > clash.in_conflict_chance + max(0.01, 3 / math.sqrt(clash.sums.entries))]
     if not layers:
         return "No layer has more energy in conflict than chance gives."
     named = [f"{clash.label} ({percent(clash.in_conflict)}, chance {percent(clash.in_conflict_chance)})" for clash in layers[:3]]

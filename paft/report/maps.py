@@ -23,6 +23,7 @@ from paft.report.verdict import percent, short
 
 _INK = "#333333"
 _DASHES = (0, (4, 3))
+_TITLES = ("Cosine", "Energy in entries of opposite sign", "Overlap of the largest entries")
 _PARTS = 4  # bins an octave
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as the data flow; others follow
 
@@ -104,7 +105,7 @@ def clash_figure(found: Sequence[Interference]) -> Figure:
             line = axes.plot(where, [one[key] for one in data], color=color, marker=marker, ms=5, lw=1.8)[0]
             axes.plot(where, chance, color=color, lw=1.2, ls=_DASHES)
         entries.append((line, " and ".join(shorten(name, 24) for name in pair.names)))
-    for axes, title in zip(panels, ("Cosine", "Energy in entries of opposite sign", "Overlap of the largest entries"), strict=True):
+    for axes, title in zip(panels, _TITLES, strict=True):
         plain(axes)
         titles(axes, title, "", "")
         axes.margins(x=0.03, y=0.15)
@@ -134,7 +135,8 @@ def _maps(panels: Sequence[Panel], name: str) -> Figure:
             mesh = axes.pcolormesh(np.arange(len(kinds) + 1) - 0.5, np.arange(len(layers) + 1) - 0.5, grid, cmap=colors,
                                    vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
             figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=9)
-        axes.set_xticks(range(len(kinds)), [shorten(kind, 14) for kind in kinds], rotation=60, ha="right", fontsize=9, parse_math=False)
+        axes.set_xticks(range(len(kinds)), [shorten(kind, 14) for kind in kinds], rotation=60, ha="right", fontsize=9,
+                        parse_math=False)
         step = max(1, len(layers) // 16)
         axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=9)
         axes.invert_yaxis()

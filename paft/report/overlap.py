@@ -21,15 +21,17 @@ import numpy as np
 from paft.delta import Tiled, spans
 from paft.merge.select import FUSED_FROM, select
 
-FIELDS = ("both", "conflicts", "dot", "energy_a", "energy_b", "both_a", "both_b", "conflict_a", "conflict_b", "kept_a", "kept_b", "kept_both",
-          "kept_conflicts", "kept_energy_a", "kept_energy_b", "lost_a", "lost_b")
+FIELDS = ("both", "conflicts", "dot", "energy_a", "energy_b", "both_a", "both_b", "conflict_a", "conflict_b", "kept_a", "kept_b",
+          "kept_both", "kept_conflicts", "kept_energy_a", "kept_energy_b", "lost_a", "lost_b")
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Sums over ``entries``; ``x + y`` pools two tensors. ``both_a`` is the energy of a where both are not 0, ``conflict_a`` that where
-    the signs differ; ``lost_a`` is the energy of a's kept entries that lose the vote. ``chance`` is Σ over tensors of energy_a·energy_b/entries:
-    the variance of ``dot`` if one of the two were turned at random.
+    """Sums over ``entries``; ``x + y`` pools two tensors.
+
+    ``both_a`` is the energy of a where both are not 0, ``conflict_a`` that where the signs differ; ``lost_a`` is the energy
+    of a's kept entries that lose the vote. ``chance`` is Σ over tensors of energy_a·energy_b/entries: the variance of
+    ``dot`` if one of the two were turned at random. ``expected_both`` is what ``kept_both`` would be by chance.
     """
 
     entries: int
@@ -85,6 +87,6 @@ def plain(a: np.ndarray, b: np.ndarray, limit_a: np.float32, limit_b: np.float32
     a_loses = fight & ((size_a < size_b) | ((size_a == size_b) & (a < 0)))
     sums += [
         both.sum(), conflict.sum(), (wide_a * wide_b).sum(), square_a.sum(), square_b.sum(), square_a[both].sum(),
-        square_b[both].sum(), square_a[conflict].sum(), square_b[conflict].sum(), kept_a.sum(), kept_b.sum(), met.sum(), fight.sum(), square_a[kept_a].sum(),
-        square_b[kept_b].sum(), square_a[a_loses].sum(), square_b[fight & ~a_loses].sum(),
+        square_b[both].sum(), square_a[conflict].sum(), square_b[conflict].sum(), kept_a.sum(), kept_b.sum(), met.sum(),
+        fight.sum(), square_a[kept_a].sum(), square_b[kept_b].sum(), square_a[a_loses].sum(), square_b[fight & ~a_loses].sum(),
     ]  # fmt: skip

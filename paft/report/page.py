@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from paft.report.interference import Interference
 from paft.report.render import Column, Row
@@ -14,17 +13,23 @@ from paft.report.sparsity import SparsityReport
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; } h1, h2, p, li, td { overflow-wrap: anywhere; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-td { min-width: 3.5em; } td:first-child { white-space: pre-wrap; } td.n, th.n { text-align: right; white-space: nowrap; } th { border-bottom-color: #333; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+h1, h2, p, li, summary { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #e4e4e4; vertical-align: top; white-space: nowrap; }
+th { border-bottom-color: #333; vertical-align: bottom; max-width: 11rem; white-space: normal; overflow-wrap: break-word; }
+td:first-child { position: sticky; left: 0; background: #fff; min-width: 8.5rem; max-width: 16rem; white-space: normal; }
+.n { text-align: right; } td.in { padding-left: 1.6rem; }
 .said li { margin: .4rem 0; } .note { color: #555; font-size: .875rem; }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .875rem; } summary { cursor: pointer; padding: .4rem 0; }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } .table { overflow: visible; } }
+@media screen { figure svg { min-width: 34rem; } }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } .wide { overflow: visible; }
+}
 """
-_LAYERS = ("The share below the threshold, by layer (Figure 2 of the PAFT paper). Dashed: what a Gaussian of the same rms would show. "
-           "A share on its dashed line says how large the delta is, and nothing about sparsity.")
+_LAYERS = ("The share below the threshold, by layer (Figure 2 of the PAFT paper). Dashed: what a Gaussian of the same rms would "
+           "show. A share on its dashed line says how large the delta is, and nothing about sparsity.")
 _PLACE = ("Rescaling moves a curve sideways without changing its shape; the threshold stands still. That is how a learning rate "
           "makes any share.")
 _MAP = "Layer by module. The left side depends on the scale, the right side does not."
@@ -38,7 +43,8 @@ def sparsity_page(reports: Sequence[SparsityReport], path: Path, said: Sequence[
     from paft.report.sparsity_tables import breakdown, summary, sweep
 
     parts = [_list(said), _section("Measures", _table(*summary(reports))),
-             _figure(as_svg(layer_figure(reports), "layers"), _LAYERS), _figure(as_svg(histogram_figure(reports), "place"), _PLACE)]
+             _figure(as_svg(layer_figure(reports), "layers"), _LAYERS),
+             _figure(as_svg(histogram_figure(reports), "place"), _PLACE)]
     for index, report in enumerate(reports):
         parts.append(_figure(as_svg(sparsity_map(report), f"map{index}"), _MAP))
     parts.append(_section("Other thresholds", _table(*sweep(reports))))
@@ -83,7 +89,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f'<figure><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _folded(title: str, body: str) -> str:
@@ -91,12 +97,17 @@ def _folded(title: str, body: str) -> str:
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], *, legend: bool = False) -> str:
-    def cells(tag: str, texts: Sequence[Any]) -> str:
-        marks = [' class="n"' if column.is_number(rows) else "" for column in columns]
-        return "<tr>" + "".join(f"<{tag}{mark}>{escape(text)}</{tag}>" for mark, text in zip(marks, texts, strict=True)) + "</tr>"
+    numbers = ["n" if column.is_number(rows) else "" for column in columns]
 
-    head = cells("th", [column.header for column in columns])
-    body = "".join(cells("td", [column.show(row) for column in columns]) for row in rows)
+    def cell(tag: str, text: str, mark: str) -> str:
+        mark = mark or "in" * text.startswith("  ")  # what a terminal shows as indented
+        return f'<{tag} class="{mark}">{escape(text.strip())}</{tag}>' if mark else f"<{tag}>{escape(text)}</{tag}>"
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        return "<tr>" + "".join(cell(tag, text, mark) for text, mark in zip(texts, numbers, strict=True)) + "</tr>"
+
+    head = line("th", [column.header for column in columns])
+    body = "".join(line("td", [column.show(row) for column in columns]) for row in rows)
     told = [f"{escape(column.header)}: {escape(column.help)}" for column in columns if column.help]
     note = f'<p class="note">{"; ".join(told)}.</p>' if legend and told else ""
-    return f'<div class="table"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}'
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}'

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,6 +132,17 @@ def open_source(name: str, base: str | None = None, *, allow_base_mismatch: bool
                             hint=f"did you mean {Path(name) / inside[-1]}?" if inside else "name the directory that holds it")
     opened = open_inputs([name], base, allow_base_mismatch=allow_base_mismatch)
     return from_delta(opened.names[0], opened.deltas[0], opened.base)
+
+
+def open_sources(names: Sequence[str], base: str | None = None, *, allow_base_mismatch: bool = False) -> list[Source]:
+    """`open_source` of each; those that would be called alike get as much of their paths as tells them apart."""
+    opened = [open_source(name, base, allow_base_mismatch=allow_base_mismatch) for name in names]
+    labels = [source.name for source in opened]
+    for depth in range(2, 12):
+        labels = [label if labels.count(label) == 1 else "/".join(Path(name).expanduser().resolve().parts[-depth:])
+                  for label, name in zip(labels, names, strict=True)]
+    labels = [label if label not in labels[:index] else f"{label} ({index + 1})" for index, label in enumerate(labels)]
+    return [replace(source, name=label) for source, label in zip(opened, labels, strict=True)]
 
 
 def from_factors(source: DeltaSource) -> Source:

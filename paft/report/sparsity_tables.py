@@ -14,7 +14,7 @@ from paft.report.verdict import percent, short
 
 By = Literal["layer", "module", "tensor"]
 Rows = list[dict[str, Any]]
-Line = tuple[str, str | None, str | None, str | None]  # measure, its value, a Gaussian's, a Laplace's
+Line = tuple[str, str | None, str | None]  # measure, its value, that of Gaussian and Laplace entries
 MEANS = {"hoyer": "Hoyer", "n_eff": "N_eff/N", "gini": "Gini", "d90": "d90", "d99": "d99"}
 
 
@@ -28,13 +28,11 @@ def summary(reports: Sequence[SparsityReport]) -> tuple[Rows, list[Column]]:
     known = [index for index in range(len(columns[0])) if any(lines[index][1] is not None for lines in columns)]
     rows: Rows = []
     for index in known:
-        label, _, gaussian, laplace = columns[0][index]
+        label, _, law = columns[0][index]
         values = {str(adapter): lines[index][1] for adapter, lines in enumerate(columns)}
-        rows.append({"measure": label, "gaussian": gaussian, "laplace": laplace} | values)
+        rows.append({"measure": label, "law": law} | values)
     adapters = [Column(str(index), report.name) for index, report in enumerate(reports)]
-    laws = [Column("gaussian", "Gauss"), Column("laplace", "Laplace")]
-    # Many adapters go on in a table below: then the laws stand beside the measures once.
-    return rows, [Column("measure", "measure"), *(adapters + laws if len(reports) < 4 else laws + adapters)]
+    return rows, [Column("measure", "measure"), Column("law", "Gauss, Laplace"), *adapters]
 
 
 def breakdown(report: SparsityReport, by: By = "layer") -> tuple[Rows, list[Column]]:
@@ -74,26 +72,27 @@ def sweep(reports: Sequence[SparsityReport]) -> tuple[Rows, list[Column]]:
 def _measures(report: SparsityReport, reports: Sequence[SparsityReport]) -> list[Line]:
     """Every measure of the summary, in order; a value of None is not known of this delta."""
     overall, moments, below = report.overall, report.overall.moments, f"< {short(report.threshold)}"
+    scaled = any(tensor.scale != 1 for tensor in report.tensors)
     return [
-        ("verdict", report.verdict.label, None, None),
-        (f"|B·A| {below}, mean of layers", percent(report.layer_share), None, None),
-        (f"|B·A| {below}, all entries", percent(moments.share), None, None),
-        ("  Gaussian of equal rms", percent(moments.expected / moments.entries), None, None),
-        (f"|s·B·A| {below}, mean of layers", percent(report.layer_share_scaled), None, None),
-        (f"|s·B·A| {below}, all entries", percent(moments.share_scaled), None, None),
-        ("  Gaussian of equal rms", percent(moments.expected_scaled / moments.entries), None, None),
-        *([("  at the rms of the first", percent(report.matched(reports[0].overall.moments.rms).value), None, None)]
+        ("verdict", report.verdict.label, None),
+        (f"|B·A| {below}, mean of layers", percent(report.layer_share), None),
+        (f"|B·A| {below}, all entries", percent(moments.share), None),
+        ("  Gaussian of equal rms", percent(moments.expected / moments.entries), None),
+        (f"|s·B·A| {below}, mean of layers", percent(report.layer_share_scaled) if scaled else None, None),
+        (f"|s·B·A| {below}, all entries", percent(moments.share_scaled) if scaled else None, None),
+        ("  Gaussian of equal rms", percent(moments.expected_scaled / moments.entries) if scaled else None, None),
+        *([("  at the rms of the first", percent(report.matched(reports[0].overall.moments.rms).value), None)]
           if len(reports) > 1 else []),
-        ("exactly 0", percent(moments.zeros / moments.entries), "0.0%", "0.0%"),
+        ("exactly 0", percent(moments.zeros / moments.entries), "0.0%"),
         *_free(overall),
-        ("rms of s·B·A", f"{moments.rms:.2e}", None, None),
-        ("largest |s·B·A|", f"{moments.max:.2e}", None, None),
-        ("Frobenius norm", f"{moments.frobenius:.3g}", None, None),
-        ("  relative to ‖W‖", _or_none(moments.relative, ".2e"), None, None),
-        ("L1 norm", f"{moments.l1:.3g}", None, None),
-        ("invisible in the base's type", None if moments.invisible is None else percent(moments.invisible), None, None),
-        ("tensors (idle)", f"{overall.tensors} ({overall.idle})", None, None),
-        ("entries", f"{moments.entries:,}", None, None),
+        ("rms of s·B·A", f"{moments.rms:.2e}", None),
+        ("largest |s·B·A|", f"{moments.max:.2e}", None),
+        ("Frobenius norm", f"{moments.frobenius:.3g}", None),
+        ("  relative to ‖W‖", _or_none(moments.relative, ".2e"), None),
+        ("L1 norm", f"{moments.l1:.3g}", None),
+        ("invisible in the base's type", None if moments.invisible is None else percent(moments.invisible), None),
+        ("tensors (idle)", f"{overall.tensors} ({overall.idle})", None),
+        ("entries", f"{moments.entries:,}", None),
     ]
 
 
@@ -101,16 +100,19 @@ def _free(overall: Group) -> list[Line]:
     """What rescaling leaves alone: means over tensors, then pooled."""
     moments, ranks = overall.moments, overall.ranks
     pooled = moments.scale_free()
-    lines: list[Line] = [("zero rows, zero columns", f"{moments.zero_rows}, {moments.zero_columns}", "0, 0", "0, 0")]
-    lines += [("dead ranks", f"{overall.dead_ranks} of {overall.all_ranks}" if overall.all_ranks else None, "0", "0")]
+    lines: list[Line] = [("zero rows, zero columns", f"{moments.zero_rows}, {moments.zero_columns}", "0, 0")]
+    lines += [("dead ranks", f"{overall.dead_ranks} of {overall.all_ranks}" if overall.all_ranks else None, "0")]
     for key, label in MEANS.items():
-        lines.append((f"{label}, mean over tensors", f"{overall.means[key]:.3f}", f"{getattr(GAUSSIAN, key):.3f}",
-                      f"{getattr(LAPLACE, key):.3f}"))
-    lines += [("N_eff/N, all entries pooled", _or_none(pooled["n_eff"], ".3f"), f"{GAUSSIAN.n_eff:.3f}", f"{LAPLACE.n_eff:.3f}")]
+        lines.append((f"{label}, mean over tensors", f"{overall.means[key]:.3f}", _laws(key)))
+    lines += [("N_eff/N, all entries pooled", _or_none(pooled["n_eff"], ".3f"), _laws("n_eff"))]
     for key in ("stable_rank", "effective_rank"):
         random = _or_none(ranks.get(f"random_{key}"), ".1f")
-        lines.append((f"{key.replace('_', ' ')}, mean", _or_none(ranks.get(key), ".1f"), random, random))
+        lines.append((f"{key.replace('_', ' ')}, mean", _or_none(ranks.get(key), ".1f"), random))
     return lines
+
+
+def _laws(key: str) -> str:
+    return f"{getattr(GAUSSIAN, key):.3f}, {getattr(LAPLACE, key):.3f}"
 
 
 def _or_none(value: float | None, form: str) -> str | None:

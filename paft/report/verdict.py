@@ -92,7 +92,10 @@ def judge(overall: Judged, threshold: float, *, rounded: bool = False) -> Verdic
 
 def short(threshold: float) -> str:
     """1e-5 rather than 1e-05."""
-    return f"{threshold:g}".replace("e-0", "e-")
+    if 1e-2 <= threshold < 1e4:
+        return f"{threshold:g}"
+    digits, _, power = f"{threshold:e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 def percent(share: float) -> str:
