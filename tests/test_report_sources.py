@@ -45,7 +45,7 @@ def test_with_its_base_an_adapter_has_the_same_measures_and_more(tiny_base: Path
 
 
 def test_a_model_and_a_delta_file_show_what_the_adapter_does(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge([str(adapter)], base=str(tiny_base), method="linear", parameters={}, weights=None, out=tmp_path / "model", dtype="float32")
+    merge([str(adapter)], base=str(tiny_base), method="linear", parameters={}, weights=None, out=tmp_path / "model")
     extract.extract(str(adapter), base=str(tiny_base), out=tmp_path / "delta")
     wanted = {tensor.name: tensor.moments for tensor in report(adapter).tensors}
     delta = report(tmp_path / "delta", tiny_base)
@@ -131,8 +131,8 @@ def foreign(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind, code", [
-    ("ia3", 3), ("prompt", 3), ("no config", 4), ("broken config", 3), ("no weights", 4), ("cut", 3), ("empty", 3), ("nothing", 3),
-    ("nan", 3), ("stranger", 3), ("half", 3),
+    ("ia3", 3), ("prompt", 3), ("no config", 4), ("broken config", 3), ("no weights", 4), ("cut", 3), ("empty", 3),
+    ("nothing", 3), ("nan", 3), ("stranger", 3), ("half", 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", ["sparsity-report", "interference"])
 def test_what_is_no_lora_is_refused_in_one_line(adapter: Path, kind: str, code: int, command: str, capsys: Capture) -> None:
