@@ -156,3 +156,18 @@ def test_a_model_needs_its_base_and_an_adapter_the_right_one(tiny_base: Path, ad
     assert open_source(str(adapter)).parts
     with pytest.raises(MismatchError):
         open_source(str(adapter), str(tiny_base))
+
+
+def test_what_the_files_tell_of_the_training(adapter: Path) -> None:
+    """Hugging Face's trainer state or paft's own record; a broken one tells nothing and stops nothing."""
+    assert open_source(str(adapter)).about.keys() >= {"rank", "alpha", "base"}
+    history = [{"learning_rate": rate, "step": step} for step, rate in enumerate((0.0, 2e-4, 1e-4))]
+    state = adapter / "trainer_state.json"
+    state.write_text(json.dumps({"global_step": 70, "log_history": [*history, {"eval_loss": 1.0}]}))
+    about = open_source(str(adapter)).about
+    assert (about["rank"], about["alpha"], about["learning_rate"], about["steps"]) == (4, 8, 2e-4, 70)
+    (adapter / "paft.json").write_text(json.dumps({"recipe": {"trainer": {"learning_rate": 5e-7}}, "metrics": {"steps": 9.0}}))
+    about = open_source(str(adapter)).about
+    assert (about["learning_rate"], about["steps"]) == (5e-7, 9)
+    state.write_text("{")
+    assert open_source(str(adapter)).about["steps"] == 9

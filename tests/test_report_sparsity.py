@@ -155,38 +155,6 @@ def report(make: Callable[..., Factors], rms: float) -> SparsityReport:
     return sparsity(Source("adapter", {name: make(rms=rms) for name in names}))
 
 
-def test_one_dense_update_at_four_scales_has_four_shares_and_is_never_sparse() -> None:
-    reports = [report(gaussian, rms) for rms in (5e-7, 5e-6, 2e-5, 1.5e-4)]
-    shares = [one.layer_share for one in reports]
-    assert shares[0] > 0.99 and shares[-1] < 0.1
-    assert shares == sorted(set(shares), reverse=True)
-    assert [one.verdict.word for one in reports] == ["dense"] * 4
-    assert [one.verdict.small for one in reports] == [True, True, False, False]
-    assert [one.overall.n_eff_mean for one in reports] == pytest.approx([reports[0].overall.n_eff_mean] * 4, rel=1e-6)
-    assert report(gaussian, 1e-13).verdict.word == "dead"
-
-
-@pytest.mark.parametrize("rms", [5e-9, 5e-7, 8e-6, 2e-5, 1.5e-4, 1.0])
-def test_a_block_sparse_update_is_sparse_at_every_scale(rms: float) -> None:
-    assert report(block_sparse, rms).verdict.word == "sparse"
-
-
-def test_dead_is_dead() -> None:
-    assert report(block_sparse, 1e-14).verdict.word == "dead"
-    assert sparsity(Source("zero", {"a.0.b": all_zero()})).verdict.word == "dead"
-
-
-def test_tensors_of_different_scale_are_not_sparse_but_idle_ones_are() -> None:
-    scales = {f"layers.{i}.q": gaussian(rms=1e-4 * 3.0**-i, seed=i) for i in range(5)}
-    spread = sparsity(Source("spread", scales))
-    assert spread.verdict.word != "sparse"
-    assert spread.overall.moments.n_eff < spread.overall.n_eff_mean - 0.1  # pooled, it looks sparser than it is
-    idle = {f"layers.{i}.q": gaussian(rms=1e-4 if i == 0 else 1e-13, seed=i) for i in range(5)}
-    collapsed = sparsity(Source("collapsed", idle))
-    assert collapsed.verdict.word == "sparse" and collapsed.overall.idle == 4
-    assert "4 of 5 tensors are idle" in collapsed.verdict.sentence
-
-
 def test_both_averages_and_the_groups() -> None:
     """Layer 0 is small and large in numbers; the mean over layers ignores numbers, the mean over entries does not."""
     factors = {

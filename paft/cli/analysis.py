@@ -103,7 +103,7 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
 
     \b
     paft interference adapters/sft-l1 adapters/dpo
-    paft interference adapters/sft adapters/dpo --by layer --html interference.html
+    paft interference adapters/sft adapters/dpo --by layer --html report.html
     """
     if len(adapters) < 2:
         raise UsageError("interference is between two", hint="paft interference ADAPTER ADAPTER")
@@ -127,7 +127,8 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
     tables: list[Table] = [(None, *summary(pair)) for pair in found]
     if given["by"]:
         tables += [(" and ".join(pair.names), *breakdown(pair, given["by"])) for pair in found]
-    said = [line for pair in found for line in (worst(pair), *advise(pair, paths).lines)]
+    advice = [advise(pair, paths) for pair in found]
+    said = [line for pair, each in zip(found, advice, strict=True) for line in (worst(pair), *each.lines)]
     if given["plot"]:
         from paft.report.maps import interference_figure
 
@@ -136,7 +137,8 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
         from paft.report.page import interference_page
 
         interference_page(found, given["html"], said)
-    _show([pair.to_dict() for pair in found], tables, said, given)
+    data = [pair.to_dict() | {"advice": each.to_dict()} for pair, each in zip(found, advice, strict=True)]
+    _show(data, tables, said, given)
 
 
 def _fast(sources: Sequence[Any], given: dict[str, Any]) -> None:

@@ -114,12 +114,10 @@ class Interference:
         return sorted(self.layers, key=lambda clash: clash.in_conflict_chance - clash.in_conflict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; paft/report/SCHEMA.md says what the keys mean."""
-        from paft.report.advice import advise
-
+        """Plain data for JSON; paft/report/SCHEMA.md says what the keys mean, `advice` adds what to try."""
         return {
             "schema": SCHEMA, "kind": "interference", "names": list(self.names), "density": self.density,
-            "advice": advise(self).to_dict(), "overall": self.overall.to_dict(),
+            "overall": self.overall.to_dict(),
             "layers": [clash.to_dict() for clash in self.layers], "kinds": [clash.to_dict() for clash in self.kinds],
             "tensors": [clash.to_dict() for clash in self.tensors], "alone": [list(names) for names in self.alone],
             "worst_layers": [clash.label for clash in self.worst[:3]],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paft import hub
 from paft.adapter import CONFIG, PATTERNS, Adapter, read_adapter
-from paft.checkpoint import Checkpoint
+from paft.checkpoint import Checkpoint, read_json
 from paft.delta import Delta, FullDelta, LoraDelta, ProductTensor, Tiled, spans, tile_rows
 from paft.errors import MismatchError, NotFoundError
 from paft.merge.deltafile import PATTERNS as DELTA_PATTERNS
@@ -195,10 +195,23 @@ def _tensor(name: str, delta: Delta, base: Checkpoint) -> Part:
 
 
 def _about(adapter: Any) -> dict[str, Any]:
-    """What an adapter's files say of its training: base, rank, alpha, and learning rate and steps where they are known."""
+    """What an adapter's files say of its training, where they say it: base, rank, alpha, learning rate, steps."""
     if not isinstance(adapter, Adapter):
         return {}
-    config = adapter.config
-    found = {"base": adapter.base_model, "rank": config.get("r"), "alpha": config.get("lora_alpha"),
-             "rslora": bool(config.get("use_rslora"))}
+    config, recipe, state = adapter.config, _json(adapter.path / "paft.json"), _json(adapter.path / "trainer_state.json")
+    logged = [row["learning_rate"] for row in state.get("log_history") or [] if "learning_rate" in row]
+    trained = (recipe.get("recipe") or {}).get("trainer") or {}
+    found = {
+        "base": adapter.base_model, "rank": config.get("r"), "alpha": config.get("lora_alpha"),
+        "rslora": bool(config.get("use_rslora")), "learning_rate": trained.get("learning_rate") or max(logged, default=None),
+        "steps": (recipe.get("metrics") or {}).get("steps") or state.get("global_step"),
+    }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file that only tells more: what cannot be read tells nothing."""
+    try:
+        return read_json(file)
+    except (MismatchError, NotFoundError):
+        return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from paft.report.groups import Group, TensorSparsity
@@ -91,6 +91,8 @@ def _measures(report: SparsityReport, reports: Sequence[SparsityReport]) -> list
         ("  relative to ‖W‖", _or_none(moments.relative, ".2e"), None),
         ("L1 norm", f"{moments.l1:.3g}", None),
         ("invisible in the base's type", None if moments.invisible is None else percent(moments.invisible), None),
+        ("rank, alpha", _pair(report.about, "rank", "alpha"), None),
+        ("learning rate, steps", _pair(report.about, "learning_rate", "steps"), None),
         ("tensors (idle)", f"{overall.tensors} ({overall.idle})", None),
         ("entries", f"{moments.entries:,}", None),
     ]
@@ -109,6 +111,11 @@ def _free(overall: Group) -> list[Line]:
         random = _or_none(ranks.get(f"random_{key}"), ".1f")
         lines.append((f"{key.replace('_', ' ')}, mean", _or_none(ranks.get(key), ".1f"), random))
     return lines
+
+
+def _pair(about: Mapping[str, Any], one: str, other: str) -> str | None:
+    found = [f"{about[key]:g}" if isinstance(about.get(key), int | float) else "?" for key in (one, other)]
+    return None if found == ["?", "?"] else ", ".join(found)
 
 
 def _laws(key: str) -> str:
