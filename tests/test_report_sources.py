@@ -37,7 +37,7 @@ def test_with_its_base_an_adapter_has_the_same_measures_and_more(tiny_base: Path
     assert {tensor.name for tensor in alone.tensors} == {tensor.name for tensor in beside.tensors}
     found = {tensor.name: tensor for tensor in beside.tensors}
     for tensor in alone.tensors:
-        extra = {"relative_norm", "invisible"}
+        extra = {"relative_norm", "invisible", "energy_visible"}
         other = {key: value for key, value in flat(found[tensor.name].moments).items() if key not in extra}
         assert flat(tensor.moments) == other
     assert alone.overall.moments.relative is None and beside.overall.moments.relative is not None
@@ -83,6 +83,14 @@ def test_a_dense_update_that_bfloat16_rounds_away_is_small_and_not_sparse(tmp_pa
         zeros.append(found.overall.moments.zeros / found.overall.moments.entries)
     assert zeros[0] > 0.9 > 0.5 > zeros[2] > zeros[3] and zeros == sorted(zeros, reverse=True)
     assert words == ["small", "small", "dense", "dense"]
+
+
+def test_a_base_that_was_only_rounded_is_small(tmp_path: Path, tiny_base: Path) -> None:
+    """Nothing was trained: the float32 base, stored in bfloat16, differs from itself by rounding alone, in every entry."""
+    shutil.copytree(tiny_base, tmp_path / "rounded")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(tiny_base / "model.safetensors").items()}
+    save_file(weights, tmp_path / "rounded" / "model.safetensors", {"format": "pt"})
+    assert report(tmp_path / "rounded", tiny_base).verdict.word == "small"
 
 
 def test_what_an_adapter_replaces_is_measured_with_its_base(tiny_base: Path, make_adapter: AdapterFactory) -> None:

@@ -128,7 +128,8 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
     if given["by"]:
         tables += [(" and ".join(pair.names), *breakdown(pair, given["by"])) for pair in found]
     advice = [advise(pair, paths) for pair in found]
-    said = [line for pair, each in zip(found, advice, strict=True) for line in (worst(pair), *each.lines)]
+    said = [f"{' and '.join(pair.names)}: " * (len(found) > 1) + line
+            for pair, each in zip(found, advice, strict=True) for line in (worst(pair), *each.lines)]
     if given["plot"]:
         from paft.report.maps import interference_figure
 

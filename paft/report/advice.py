@@ -55,7 +55,7 @@ def advise(found: Interference, paths: Mapping[str, str] | None = None) -> Advic
     trimmed, voted = overall.trimmed, overall.voted_away
     cost = (f"at density {found.density:g} TIES would trim {percent(trimmed[0])} and {percent(trimmed[1])} of their energy and "
             f"vote away {percent(voted[0])} and {percent(voted[1])}")
-    told = (f"cosine {overall.cosine:.2f}, {percent(overall.in_conflict)} of the energy in conflict, "
+    told = (f"cosine {round(overall.cosine, 2) + 0.0:.2f}, {percent(overall.in_conflict)} of the energy in conflict, "
             f"chance {percent(overall.in_conflict_chance)}")
     excess = overall.in_conflict - overall.in_conflict_chance
     if overall.cosine >= ALIGNED:
@@ -74,8 +74,8 @@ def _warnings(found: Interference, sizes: tuple[float, float]) -> list[str]:
     ratio = sizes[large] / sizes[small]
     said = []
     if ratio > UNEQUAL:
-        said.append(f"{found.names[large]} is {ratio:.1f} times as large as {found.names[small]}: it wins nearly every vote, and "
-                    "weights decide more than the method")
+        said.append(f"{found.names[large]} is {ratio:.1f} times as large as {found.names[small]}: where both act it wins nearly "
+                    "every vote, and weights decide more than the method")
     for name, alone in zip(found.names, found.alone, strict=True):
         if alone:
             said.append(f"{len(alone)} tensors are changed by {name} alone ({alone[0]}{', ...' * (len(alone) > 1)})")

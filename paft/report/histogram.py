@@ -127,7 +127,7 @@ class Histogram:
             return None
         people, wealth = self.bins[:, COUNT] / self.entries, self.bins[:, SUM] / total
         before = np.cumsum(wealth) - wealth
-        between = 1 - float((people * (2 * before + wealth)).sum()) - (1 - float(people.sum())) * 0.0
+        between = 1 - float((people * (2 * before + wealth)).sum())  # zeros come first and hold nothing
         low, high = self.edges[:-1], self.edges[1:]
         mean = np.divide(self.bins[:, SUM], self.bins[:, COUNT], out=low.copy(), where=self.bins[:, COUNT] > 0)
         inside = np.clip((high - mean) * (mean - low), 0, None) / (mean * (high - low))

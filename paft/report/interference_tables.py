@@ -19,7 +19,7 @@ def summary(found: Interference) -> tuple[Rows, list[Column]]:
     overall, (a, b) = found.overall, found.names
     data, sizes = overall.to_dict(), (math.sqrt(overall.sums.energy_a), math.sqrt(overall.sums.energy_b))
     lines: list[tuple[str, str, str | None]] = [
-        ("cosine", f"{overall.cosine:.4f}", f"0 ± {overall.cosine_chance:.4f}"),
+        ("cosine", f"{round(overall.cosine, 4) + 0.0:.4f}", f"0 ± {overall.cosine_chance:.4f}"),
         ("sign conflict, where both are not 0", percent(data["sign_conflict"]), "50.0%"),
         ("energy in conflict", percent(overall.in_conflict), percent(overall.in_conflict_chance)),
         (f"overlap of the largest {found.density:g}", percent(data["overlap"]), percent(data["overlap_chance"])),

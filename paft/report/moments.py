@@ -122,6 +122,12 @@ class Moments:
         """Share of the entries that W + s·δ, rounded to W's type, leaves at W; None without a base."""
         return self.on_base.invisible / self.entries if self.on_base else None
 
+    @property
+    def landed(self) -> float | None:
+        """Share of Σ(s·δ)² in the entries that the rounding leaves changed; None without a base or of a zero delta."""
+        base = self.on_base
+        return base.landed / base.energy if base and base.energy else None
+
     def scale_free(self) -> dict[str, float | None]:
         """The measures that rescaling leaves alone, by name, without their bounds."""
         bounded = {"gini": self.gini, "d90": self.d90, "d99": self.d99}
@@ -146,6 +152,7 @@ class Moments:
             "l1": self.l1,
             "relative_norm": self.relative,
             "invisible": self.invisible,
+            "energy_visible": self.landed,
             **self.scale_free(),
             "bounds": {key: each and each.bound for key, each in bounded.items()},
         }

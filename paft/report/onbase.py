@@ -2,7 +2,7 @@
 
     invisible   |{ round(W + s·δ) = W }| / N         entries that the merged model, in the base's type, does not show
     landed      Σ (s·δ)² over the others / Σ (s·δ)²  the energy that arrives
-    one step    of the entries that differ in a model stored in 16 bits, those that moved to a neighbouring number
+    one step    of the entries that differ in a model stored in 16 bits, those at most one step of that type away from W
 
 The last is for fine-tuned models: what a small learning rate moves by less than half a step is rounded away, so zeros in
 their delta tell of the type and the learning rate (arXiv 2602.03839), not of the training.
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paft.delta import Tiled, spans
+from paft.delta import spans
 from paft.merge.select import FUSED_FROM
 from paft.report.sources import Part
 
-_MANTISSA = {torch.bfloat16: 8, torch.float16: 11}  # significant bits
+_MANTISSA = {"BF16": 8, "F16": 11}  # significant bits
 
 
 @dataclass(frozen=True)
 class OnBase:
     """Sums over the entries of a delta on its base; ``a + b`` pools two.
 
-    ``weight_sumsq`` Σ W²; ``invisible`` and ``landed`` (Σ (s·δ)² of the visible) as above; ``energy`` Σ (s·δ)²; ``moved``
-    entries with δ ≠ 0, ``one_step`` those of them that are at most one step of a 16-bit W away from it (0 in float32).
+    ``weight_sumsq`` Σ W²; ``invisible`` and ``landed`` (Σ (s·δ)² of the visible) as above; ``energy`` Σ (s·δ)². Of models
+    stored in 16 bits ``moved`` counts entries with δ ≠ 0, ``one_step`` those of them at most one step away; 0 of all else.
     """
 
     weight_sumsq: float
@@ -48,31 +48,30 @@ def beside_base(part: Part) -> OnBase | None:
     checkpoint, name = part.weight
     tensor, found = part.tiled(), OnBase(0.0, 0, 0.0, 0.0, 0, 0)
     for start, stop in spans(tensor):
-        found += _tile(tensor, checkpoint.tile(name, start, stop), start, stop)
+        found += _tile(tensor.tile(start, stop), checkpoint.tile(name, start, stop), part.stored)
     return found
 
 
-def _tile(tensor: Tiled, weight: torch.Tensor, start: int, stop: int) -> OnBase:
-    delta = tensor.tile(start, stop)
+def _tile(delta: torch.Tensor, weight: torch.Tensor, stored: str | None) -> OnBase:
     size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-    step = 0
-    if weight.dtype in _MANTISSA:  # neighbours of |w| in [2^(e-1), 2^e) are 2^(e - bits) away
+    moved = step = 0
+    if stored in _MANTISSA:  # neighbours of |w| in [2^(e-1), 2^e) are 2^(e - bits) away
         wide = weight.float()
-        spacing = torch.ldexp((wide != 0).float(), torch.frexp(wide).exponent - _MANTISSA[weight.dtype])
-        step = int(((delta != 0) & (delta.abs() <= spacing)).sum())
-    moved, landed_count, energy, landed = _rounded(delta, weight)
-    return OnBase(size, delta.numel() - landed_count, energy, landed, moved, step)
+        spacing = torch.ldexp((wide != 0).float(), torch.frexp(wide).exponent - _MANTISSA[stored])
+        moved, step = int((delta != 0).sum()), int(((delta != 0) & (delta.abs() <= spacing)).sum())
+    visible, energy, landed = _rounded(delta, weight)
+    return OnBase(size, delta.numel() - visible, energy, landed, moved, step)
 
 
-def _rounded(delta: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, float, float]:
-    """(entries that differ from 0, that land, energy, energy that lands); compiled for the usual types."""
+def _rounded(delta: torch.Tensor, weight: torch.Tensor) -> tuple[int, float, float]:
+    """(entries that the rounding leaves changed, energy of all, energy of these); compiled for the usual types."""
     if delta.numel() >= FUSED_FROM and weight.dtype in (torch.bfloat16, torch.float32):
         from paft.merge.rounding import add_bf16, add_f32
 
         counts, sums = np.zeros(2, np.int64), np.empty((len(delta), 3))
         narrow = weight.dtype == torch.bfloat16
         (add_bf16 if narrow else add_f32)(delta.numpy(), (weight.view(torch.uint16) if narrow else weight).numpy(), counts, sums)
-        return int(counts[0]), int(counts[1]), float(sums[:, 0].sum()), float(sums[:, 1].sum())
+        return int(counts[1]), float(sums[:, 0].sum()), float(sums[:, 1].sum())
     landed = (weight.float() + delta).to(weight.dtype) != weight
     square = delta.double().square()
-    return int((delta != 0).sum()), int(landed.sum()), float(square.sum()), float(square[landed].sum())
+    return int(landed.sum()), float(square.sum()), float(square[landed].sum())

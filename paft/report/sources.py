@@ -54,7 +54,8 @@ class DeltaSource(Protocol):
 @dataclass(frozen=True)
 class Part:
     """One tensor's delta s·δ. ``pair`` reads δ's factors ([m, r], [r, n], without s) where it is a product, else None;
-    ``tiled`` reads s·δ by row tiles in float32, as a merge does; ``weight`` is the base's tensor and its name there.
+    ``tiled`` reads s·δ by row tiles in float32, as a merge does; ``weight`` is the base's tensor and its name there, ``stored``
+    the type of the fine-tuned tensor where δ is the difference of the two.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Part:
     pair: Callable[[], Pair] | None
     tiled: Callable[[], Tiled]
     weight: tuple[Checkpoint, str] | None = None
+    stored: str | None = None
 
     @property
     def layer(self) -> int | None:
@@ -106,15 +108,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A named set of parts. ``left_out``: what the parts do not say, name -> what it is; ``about``: where it came from;
-    ``rounded``: the parts are differences of weights stored in 16 bits.
-    """
+    """A named set of parts. ``left_out``: what the parts do not say, name -> what it is; ``about``: where it came from."""
 
     name: str
     parts: Sequence[Part]
     left_out: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-    rounded: bool = False
 
 
 def open_source(name: str, base: str | None = None, *, allow_base_mismatch: bool = False) -> Source:
@@ -173,8 +172,7 @@ def _module(name: str, factors: FactorsLike, shape: tuple[int, int] | None = Non
 def from_delta(name: str, delta: Delta, base: Checkpoint) -> Source:
     """Everything that a delta changes in its base; a tensor without entries is skipped."""
     parts = [_tensor(each, delta, base) for each in delta.names if base.entries[each].rows * base.entries[each].columns]
-    narrow = isinstance(delta, FullDelta) and any(delta.tuned.entries[each].dtype in ("BF16", "F16") for each in delta.names)
-    return Source(name, parts, {}, _about(delta.adapter) if isinstance(delta, LoraDelta) else {}, narrow)
+    return Source(name, parts, {}, _about(delta.adapter) if isinstance(delta, LoraDelta) else {})
 
 
 def _tensor(name: str, delta: Delta, base: Checkpoint) -> Part:
@@ -191,7 +189,9 @@ def _tensor(name: str, delta: Delta, base: Checkpoint) -> Part:
         assert found is not None
         return found
 
-    return Part(name.removesuffix(".weight"), entry.rows, entry.columns, 1.0, pair if product else None, tensor, (base, name))
+    stored = delta.tuned.entries[name].dtype if isinstance(delta, FullDelta) else None
+    return Part(name.removesuffix(".weight"), entry.rows, entry.columns, 1.0, pair if product else None, tensor, (base, name),
+                stored)
 
 
 def _about(adapter: Any) -> dict[str, Any]:

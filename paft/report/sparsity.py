@@ -125,7 +125,7 @@ def sparsity(
         overall=overall,
         layer_share=sum(moments.share for moments in numbered) / len(numbered),
         layer_share_scaled=sum(moments.share_scaled for moments in numbered) / len(numbered),
-        verdict=judge(overall, threshold, rounded=source.rounded),
+        verdict=judge(overall, threshold),
         left_out=source.left_out,
         about=source.about,
     )

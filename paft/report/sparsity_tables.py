@@ -91,6 +91,7 @@ def _measures(report: SparsityReport, reports: Sequence[SparsityReport]) -> list
         ("  relative to ‖W‖", _or_none(moments.relative, ".2e"), None),
         ("L1 norm", f"{moments.l1:.3g}", None),
         ("invisible in the base's type", None if moments.invisible is None else percent(moments.invisible), None),
+        ("  energy of what is visible", None if moments.landed is None else percent(moments.landed), None),
         ("rank, alpha", _pair(report.about, "rank", "alpha"), None),
         ("learning rate, steps", _pair(report.about, "learning_rate", "steps"), None),
         ("tensors (idle)", f"{overall.tensors} ({overall.idle})", None),

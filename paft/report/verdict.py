@@ -52,13 +52,13 @@ class Verdict:
         return {"verdict": self.word, "small": self.small, "verdict_sentence": self.sentence}
 
 
-def judge(overall: Judged, threshold: float, *, rounded: bool = False) -> Verdict:
+def judge(overall: Judged, threshold: float) -> Verdict:
     """Call a delta dead, small, sparse or dense; the first rule that holds decides.
 
     1. *dead*: max|s·δ| < 1e-9. Half a unit in the last place of a float32 weight of 0.02 is 9.3e-10, so adding the delta
        changes nothing.
-    2. *small*: the delta of a model stored in 16 bits (``rounded``), most of whose changed weights moved by one step of that
-       type. What is zero was rounded away: whether the training was sparse cannot be told.
+    2. *small*: the delta of a model stored in 16 bits, most of whose changed weights are at most one step of that type away
+       from the base's. What is zero may have been rounded away: whether the training was sparse cannot be told.
     3. *sparse*: N_eff/N, as the mean over tensors, is below a third of the Gaussian 2/π, that is 0.212: what a Gaussian
        delta shows with more than two thirds of its entries removed at random; or more than two thirds are exactly 0.
     4. *dense*: the rest.
@@ -75,9 +75,9 @@ def judge(overall: Judged, threshold: float, *, rounded: bool = False) -> Verdic
     if moments.max < DEAD_MAX:
         return Verdict("dead", True, f"dead: the largest entry is {moments.max:.1e}, too small to change a weight.")
     base = moments.on_base
-    if rounded and base and base.moved and base.one_step > SMALL_SHARE * base.moved:
+    if base and base.moved and base.one_step > SMALL_SHARE * base.moved:
         return Verdict("small", True, f"small: {percent(base.one_step / base.moved)} of the weights that changed moved by one "
-                       f"step of their type, so its {percent(zeros)} zeros may be rounding, not sparsity ({spread}).")
+                       f"step of their type at most, so its {percent(zeros)} zeros may be rounding, not sparsity ({spread}).")
     if n_eff < SPARSE_SUPPORT * GAUSSIAN.n_eff or zeros > SPARSE_ZEROS:
         small = moments.histogram.energy_below(threshold).value >= SMALL_SHARE
         few = n_eff < SPARSE_SUPPORT * GAUSSIAN.n_eff
