@@ -157,6 +157,15 @@ def test_a_difference_of_size_and_lone_tensors_are_told() -> None:
     assert found.alone == ((NAMES[1], NAMES[2]), ())
 
 
+def test_one_seed_is_not_taken_for_one_task() -> None:
+    """LoRAs that start from one A read the same inputs whatever they learn."""
+    one, other = gaussian(seed=1), gaussian(seed=2)
+    found = meet([one], [replace(other, A=one.A)])
+    assert found.overall.rows and found.overall.rows.mean_square == pytest.approx(1)
+    assert any("the same A" in warning for warning in advise(found).warnings)
+    assert not advise(meet([one], [other])).warnings
+
+
 def test_the_layers_that_collide_most_come_first() -> None:
     a = [gaussian(seed=i) for i in range(6)]
     b = [gaussian(seed=50 + i) if i not in (2, 3) else replace(a[i], scale=-1.0) for i in range(6)]

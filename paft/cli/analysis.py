@@ -150,7 +150,7 @@ def _fast(sources: Sequence[Any], given: dict[str, Any]) -> None:
     if given["by"]:
         tables += [(report.name, *breakdown(report, given["by"])) for report in reports]
     said = ["From the factors alone: without --fast come shares, scale-free measures and the verdict."]
-    _show([report.to_dict() for report in reports], tables, said, given, legend=True)
+    _show([report.to_dict() for report in reports], tables, said, given)
 
 
 def _probe(source: Any, report: Any, given: dict[str, Any], bars: _Bars) -> Any:
@@ -161,8 +161,7 @@ def _probe(source: Any, report: Any, given: dict[str, Any], bars: _Bars) -> Any:
     return probe(source, report, given["base"], given["data"], rows=given["rows"], progress=bars(f"probe {source.name}"))
 
 
-def _show(data: list[dict[str, Any]], tables: Sequence[Table], said: Sequence[str], given: dict[str, Any], *,
-          legend: bool = False) -> None:
+def _show(data: list[dict[str, Any]], tables: Sequence[Table], said: Sequence[str], given: dict[str, Any]) -> None:
     """JSON, Markdown or terminal tables on stdout, with the sentences below."""
     from rich.console import Console
 
@@ -176,8 +175,11 @@ def _show(data: list[dict[str, Any]], tables: Sequence[Table], said: Sequence[st
         click.echo("\n".join([*text, *(f"- {line}" for line in said)]))
         return
     console = Console(highlight=False)
-    for title, rows, columns in tables:
-        print_table(console, rows, columns, title, legend=legend or bool(title))
+    for index, (title, rows, columns) in enumerate(tables):
+        told = [column.help for column in columns] in ([column.help for column in after] for _, _, after in tables[index + 1 :])
+        print_table(console, rows, columns, title, legend=not told)
+        if not told and any(column.help for column in columns):
+            console.print()
     for line in said:
         console.print(line, markup=False)
     for what in ("plot", "html"):

@@ -19,7 +19,7 @@ from typing import Any
 from paft.report.interference import Interference
 from paft.report.verdict import percent
 
-ALIGNED, OPPOSED, EXCESS, UNEQUAL = 0.3, -0.1, 0.05, 3.0
+ALIGNED, OPPOSED, EXCESS, UNEQUAL, ALIKE = 0.3, -0.1, 0.05, 3.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ def _warnings(found: Interference, sizes: tuple[float, float]) -> list[str]:
     if ratio > UNEQUAL:
         said.append(f"{found.names[large]} is {ratio:.1f} times as large as {found.names[small]}: where both act it wins nearly "
                     "every vote, and weights decide more than the method")
+    rows, columns = found.overall.rows, found.overall.columns
+    if rows and columns and rows.mean_square > ALIKE > columns.mean_square:
+        said.append(f"their row spaces nearly coincide (mean cos² {rows.mean_square:.2f}) and their column spaces do not: LoRAs "
+                    "of one seed start from the same A, which says nothing of the tasks")
     for name, alone in zip(found.names, found.alone, strict=True):
         if alone:
             said.append(f"{len(alone)} tensors are changed by {name} alone ({alone[0]}{', ...' * (len(alone) > 1)})")

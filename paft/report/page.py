@@ -42,7 +42,7 @@ def sparsity_page(reports: Sequence[SparsityReport], path: Path, said: Sequence[
     from paft.report.plots import layer_figure
     from paft.report.sparsity_tables import breakdown, summary, sweep
 
-    parts = [_list(said), _section("Measures", _table(*summary(reports))),
+    parts = [_list(said), _section("Measures", _table(*summary(reports), legend=True)),
              _figure(as_svg(layer_figure(reports), "layers"), _LAYERS),
              _figure(as_svg(histogram_figure(reports), "place"), _PLACE)]
     for index, report in enumerate(reports):

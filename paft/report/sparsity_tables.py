@@ -14,6 +14,8 @@ from paft.report.verdict import percent, short
 
 By = Literal["layer", "module", "tensor"]
 Rows = list[dict[str, Any]]
+_MEANS = ("by layer: mean over layers, as in PAFT; Hoyer to d99 and ranks: means over tensors, pooled: over all entries; "
+          "d90, d99: share of entries that holds 90, 99 % of the energy")
 Line = tuple[str, str | None, str | None]  # measure, its value, that of Gaussian and Laplace entries
 MEANS = {"hoyer": "Hoyer", "n_eff": "N_eff/N", "gini": "Gini", "d90": "d90", "d99": "d99"}
 
@@ -32,7 +34,7 @@ def summary(reports: Sequence[SparsityReport]) -> tuple[Rows, list[Column]]:
         values = {str(adapter): lines[index][1] for adapter, lines in enumerate(columns)}
         rows.append({"measure": label, "law": law} | values)
     adapters = [Column(str(index), report.name) for index, report in enumerate(reports)]
-    return rows, [Column("measure", "measure"), Column("law", "Gauss, Laplace"), *adapters]
+    return rows, [Column("measure", "measure", help=_MEANS), Column("law", "Gauss, Laplace"), *adapters]
 
 
 def breakdown(report: SparsityReport, by: By = "layer") -> tuple[Rows, list[Column]]:
@@ -75,13 +77,13 @@ def _measures(report: SparsityReport, reports: Sequence[SparsityReport]) -> list
     scaled = any(tensor.scale != 1 for tensor in report.tensors)
     return [
         ("verdict", report.verdict.label, None),
-        (f"|B·A| {below}, mean of layers", percent(report.layer_share), None),
-        (f"|B·A| {below}, all entries", percent(moments.share), None),
-        ("  Gaussian of equal rms", percent(moments.expected / moments.entries), None),
-        (f"|s·B·A| {below}, mean of layers", percent(report.layer_share_scaled) if scaled else None, None),
-        (f"|s·B·A| {below}, all entries", percent(moments.share_scaled) if scaled else None, None),
-        ("  Gaussian of equal rms", percent(moments.expected_scaled / moments.entries) if scaled else None, None),
-        *([("  at the rms of the first", percent(report.matched(reports[0].overall.moments.rms).value), None)]
+        (f"|B·A| {below}, by layer", percent(report.layer_share), None),
+        (f"|B·A| {below}, by entry", percent(moments.share), None),
+        ("  Gaussian of that rms", percent(moments.expected / moments.entries), None),
+        (f"|s·B·A| {below}, by layer", percent(report.layer_share_scaled) if scaled else None, None),
+        (f"|s·B·A| {below}, by entry", percent(moments.share_scaled) if scaled else None, None),
+        ("  Gaussian of that rms", percent(moments.expected_scaled / moments.entries) if scaled else None, None),
+        *([("  at the first one's rms", percent(report.matched(reports[0].overall.moments.rms).value), None)]
           if len(reports) > 1 else []),
         ("exactly 0", percent(moments.zeros / moments.entries), "0.0%"),
         *_free(overall),
@@ -90,8 +92,8 @@ def _measures(report: SparsityReport, reports: Sequence[SparsityReport]) -> list
         ("Frobenius norm", f"{moments.frobenius:.3g}", None),
         ("  relative to ‖W‖", _or_none(moments.relative, ".2e"), None),
         ("L1 norm", f"{moments.l1:.3g}", None),
-        ("invisible in the base's type", None if moments.invisible is None else percent(moments.invisible), None),
-        ("  energy of what is visible", None if moments.landed is None else percent(moments.landed), None),
+        ("invisible in W's type", None if moments.invisible is None else percent(moments.invisible), None),
+        ("  energy of the visible", None if moments.landed is None else percent(moments.landed), None),
         ("rank, alpha", _pair(report.about, "rank", "alpha"), None),
         ("learning rate, steps", _pair(report.about, "learning_rate", "steps"), None),
         ("tensors (idle)", f"{overall.tensors} ({overall.idle})", None),
@@ -103,14 +105,14 @@ def _free(overall: Group) -> list[Line]:
     """What rescaling leaves alone: means over tensors, then pooled."""
     moments, ranks = overall.moments, overall.ranks
     pooled = moments.scale_free()
-    lines: list[Line] = [("zero rows, zero columns", f"{moments.zero_rows}, {moments.zero_columns}", "0, 0")]
+    lines: list[Line] = [("zero rows, columns", f"{moments.zero_rows}, {moments.zero_columns}", "0, 0")]
     lines += [("dead ranks", f"{overall.dead_ranks} of {overall.all_ranks}" if overall.all_ranks else None, "0")]
     for key, label in MEANS.items():
-        lines.append((f"{label}, mean over tensors", f"{overall.means[key]:.3f}", _laws(key)))
-    lines += [("N_eff/N, all entries pooled", _or_none(pooled["n_eff"], ".3f"), _laws("n_eff"))]
+        lines.append((label, f"{overall.means[key]:.3f}", _laws(key)))
+    lines += [("N_eff/N, pooled", _or_none(pooled["n_eff"], ".3f"), _laws("n_eff"))]
     for key in ("stable_rank", "effective_rank"):
         random = _or_none(ranks.get(f"random_{key}"), ".1f")
-        lines.append((f"{key.replace('_', ' ')}, mean", _or_none(ranks.get(key), ".1f"), random))
+        lines.append((key.replace('_', ' '), _or_none(ranks.get(key), ".1f"), random))
     return lines
 
 
