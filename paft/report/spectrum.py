@@ -8,7 +8,8 @@
     dead ranks      ranks k with B[:, k] = 0 or A[k, :] = 0: they add nothing
 
 In float64; singular values below 1e-8 of the largest are noise, which moves neither rank. A delta that is no product is read
-by row tiles if it has at most 2048 columns (its Gram matrix is [columns, columns]); of others nothing is said.
+by row tiles if it has at most 2048 columns and rows·columns² is at most 2·10¹⁰ (a second or so): its Gram matrix is
+[columns, columns]. Of larger ones nothing is said.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from paft.report.reference import random_ranks, ranks
 from paft.report.sources import Pair, Part
 
-WIDEST = 2048
+WIDEST, DEAREST = 2048, 2e10
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ class Spectrum:
 
 
 def spectrum(part: Part) -> Spectrum | None:
-    """The singular values of one part; None where they would take its dense Gram matrix of more than 2048 columns."""
+    """The singular values of one part; None where they would take too large a Gram matrix."""
     pair = part.factors()
     if pair is not None:
         return of_factors(pair, part.scale)
-    if part.columns > WIDEST or part.rows == 1:
+    if part.columns > WIDEST or part.entries * part.columns > DEAREST or part.rows == 1:
         return None
     gram = torch.zeros(part.columns, part.columns, dtype=torch.float64)
     for _, _, block in part.blocks():
