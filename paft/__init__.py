@@ -15,7 +15,8 @@ from typing import Any
 
 _PUBLIC = {
     "train": "paft.train.stage", "merge": "paft.merge.engine", "run": "paft.run", "evaluate": "paft.evaluate",
-    "sparsity": "paft.report.sparsity", "read_adapter": "paft.adapter", "verify": "paft.provenance",
+    "sparsity": "paft.report.sparsity", "interference": "paft.report.interference", "open_source": "paft.report.sources",
+    "read_adapter": "paft.adapter", "verify": "paft.provenance",
     "SftRecipe": "paft.recipe", "DpoRecipe": "paft.recipe", "JointRecipe": "paft.recipe", "MergeRecipe": "paft.recipe",
     "RunRecipe": "paft.recipe",
 }

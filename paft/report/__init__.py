@@ -1,11 +1,16 @@
-"""From deltas and runs to numbers, and from numbers to tables, JSON and figures.
+"""From deltas and runs to numbers, and from numbers to tables, JSON, pages and figures.
 
-    moments            a LoRA module -> sums over its entries, in one pass over tiles
-    sparsity           an adapter -> SparsityReport: how much of it is near zero, and is that *sparse* or only *small*
-    sparsity_tables    SparsityReport -> rows and columns
-    render             rows and columns -> terminal table, Markdown, JSON (the one writer of all reports; no torch)
-    plots              reports and points -> figures (the only place that loads matplotlib)
-    labels             where the names beside the points of a figure go
+    sources      names -> parts: adapters with or without base, models, delta files; each part a delta read by blocks
+    scan         blocks -> counts and a histogram, in one pass (kernels: the same, compiled); histogram: quantiles, Gini, bounds
+    moments      a part -> its measures; spectrum: singular values; onbase: beside W; reference: Gaussian and Laplace values
+    sparsity     a source -> SparsityReport (groups: layers, kinds, all; verdict: sparse, small, dense, dead)
+    norms        a source -> NormReport: what the factors tell alone
+    interference two sources -> Interference (overlap: entry by entry; angles: spaces; advice: what to try)
+    *_tables     reports -> rows and columns
+    render       rows and columns -> terminal table, Markdown, JSON (the one writer of all reports; no torch)
+    plots, maps  reports and points -> figures (the only places that load matplotlib); labels: names beside points
+    page         reports -> one HTML page that needs nothing else
+    headtohead   the table of a run
 
-Importing the package loads none of them.
+SCHEMA.md says what the JSON means. Importing the package loads none of them.
 """

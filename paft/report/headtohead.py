@@ -115,7 +115,7 @@ def write_report(out: Path, recipe: RunRecipe, scores: Mapping[str, Score], adap
         "schema": SCHEMA, "name": recipe.name, "model": recipe.model, "seed": recipe.seed, "split": recipe.evaluate.split,
         "rows": rows, "findings": findings(rows), "wall_s": wall_s,
         "adapters": {name: {"share_below_1e-5": r.overall.moments.share_scaled, "frobenius": r.overall.moments.frobenius,
-                            "verdict": r.verdict.word} for name, r in adapters.items()},
+                            "verdict": r.verdict.word, "small": r.verdict.small} for name, r in adapters.items()},
     }
     (out / "report.json").write_text(to_json(report), encoding="utf-8")
     text = [f"# {recipe.name}", f"Model `{recipe.model}`, seed {recipe.seed}, {recipe.evaluate.split} split.",

@@ -1,6 +1,6 @@
 """Figures of the reports, drawn without a display; the suffix of the path chooses PNG, SVG or PDF.
 
-The only module that loads matplotlib. Colours are Okabe and Ito's, which the colour-blind can tell
+This module and `maps` are the only ones that load matplotlib. Colours are Okabe and Ito's, which the colour-blind can tell
 apart; markers differ too.
 """
 
@@ -19,7 +19,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from paft.errors import UsageError
 from paft.report.labels import Box, place
-from paft.report.sparsity import SparsityReport, short
+from paft.report.sparsity import SparsityReport
+from paft.report.verdict import short
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -30,13 +31,17 @@ _DPI = 160
 
 
 def sparsity_figure(reports: Sequence[SparsityReport], path: str | Path) -> Path:
+    """`layer_figure` into a file; raises UsageError for an unknown suffix."""
+    return save(layer_figure(reports), path)
+
+
+def layer_figure(reports: Sequence[SparsityReport]) -> Figure:
     """Figure 2 of the PAFT paper: the share of |B·A| below the threshold in each layer, one line an adapter.
 
     The dashed line of the same colour is what Gaussian tensors of the same rms would show. A share on its dashed line
     is a matter of scale (*small*); a share far above it is *sparse*. Modules outside the numbered layers are not drawn.
-    Raises UsageError for an unknown suffix.
     """
-    figure, axes = _canvas((8.0, 4.8))
+    figure, axes = canvas((8.0, 4.8))
     entries: list[tuple[Artist, str]] = []
     for index, report in enumerate(reports):
         color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
@@ -50,16 +55,16 @@ def sparsity_figure(reports: Sequence[SparsityReport], path: str | Path) -> Path
                   markersize=24, clip_on=False, zorder=3)  # fmt: skip
         dots = axes.plot(where, shares, color=color, marker=marker, markersize=6 if len(where) <= 16 else 4.5,
                          mec="white", mew=0.5, ls="none", clip_on=False, zorder=4)  # fmt: skip
-        entries.append((dots[0], f"{shorten(report.name, 30)} ({report.verdict.word})"))
+        entries.append((dots[0], f"{shorten(report.name, 30)} ({report.verdict.label})"))
     entries.append((axes.plot([], [], color=_INK, lw=1.6, ls=_DASHES)[0], "Gaussian of equal rms"))
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     axes.margins(x=0.03)
     threshold = short(reports[0].threshold) if reports else ""
-    _titles(axes, f"Share of |B·A| below {threshold}, by layer", "layer", "")
-    _legend(figure, entries)
-    return _save(figure, path)
+    titles(axes, f"Share of |B·A| below {threshold}, by layer", "layer", "")
+    legend(figure, entries)
+    return figure
 
 
 def tradeoff_figure(
@@ -81,7 +86,7 @@ def tradeoff_figure(
     ``groups`` names the field that chooses colour and marker. Points without both numbers are left out. Raises
     UsageError for an unknown suffix.
     """
-    figure, axes = _canvas((8.0, 6.0))
+    figure, axes = canvas((8.0, 6.0))
     drawn = [point for point in points if point.get(x) is not None and point.get(y) is not None]
     members = list(dict.fromkeys(point.get(groups) if groups else None for point in drawn))
     entries: list[tuple[Artist, str]] = []
@@ -98,34 +103,39 @@ def tradeoff_figure(
         )  # fmt: skip
         entries.append((bars.lines[0], str(member)))
     axes.margins(0.1)
-    _titles(axes, title, xlabel or x, ylabel or y)
+    titles(axes, title, xlabel or x, ylabel or y)
     axes.grid(axis="x", color=_GRID, lw=0.8)
     if len(members) > 1:
-        _legend(figure, entries)
+        legend(figure, entries)
     colors = [PALETTE[members.index(point.get(groups) if groups else None) % len(PALETTE)] for point in drawn]
     _label(figure, axes, [(str(point["name"]), float(point[x]), float(point[y])) for point in drawn], colors)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _canvas(inches: tuple[float, float]) -> tuple[Figure, Axes]:
+def canvas(inches: tuple[float, float]) -> tuple[Figure, Axes]:
+    """An empty figure with one plain pair of axes."""
     figure = Figure(figsize=inches, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(labelsize=11, colors=_INK)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=_GRID, lw=0.8)
-    return figure, axes
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[Artist, str]]) -> None:
+def legend(figure: Figure, entries: Sequence[tuple[Artist, str]]) -> None:
     """Below the axes, so that long names do not squeeze them; names are shown as they are, dollar signs included."""
     handles, names = [handle for handle, _ in entries], [shorten(name) for _, name in entries]
     columns = 2 if max(map(len, names)) > 24 else 4
-    legend = figure.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=10.5,
+    box = figure.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=10.5,
                            labelcolor=_INK, handletextpad=0.5, columnspacing=1.6)  # fmt: skip
-    for text in legend.get_texts():
+    for text in box.get_texts():
         text.set_parse_math(False)
 
 
@@ -135,7 +145,7 @@ def shorten(name: str, most: int = 40) -> str:
     return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
-def _titles(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def titles(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12)
     axes.set_xlabel(xlabel, fontsize=12, color=_INK)
     axes.set_ylabel(ylabel, fontsize=12, color=_INK)
@@ -162,7 +172,8 @@ def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]
             line.set_in_layout(False)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure; raises UsageError for an unknown suffix."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{path} is not a figure's name", hint="end it in .png, .svg or .pdf")

@@ -91,7 +91,7 @@ def print_table(
     for part, shown in enumerate(_stacks(rows, columns, console.width)):
         console.print(table(rows, shown, title if part == 0 else None, width=console.width))
         console.print()
-    if legend:
+    if legend and any(column.help for column in columns):
         grid = Table.grid(padding=(0, 2, 0, 0))
         for column in columns:
             if column.help:

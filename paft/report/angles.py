@@ -1,0 +1,56 @@
+"""Principal angles between the row spaces, and the column spaces, of two low-rank deltas.
+
+    cos θ_i = σ_i(Qᵀ P),   Q, P: orthonormal bases of the two spaces
+
+Reported are the largest cosine and the mean of cos² over the min(r_a, r_b) angles, whose value for spaces in random position
+is max(r_a, r_b) / dimension. The column space of s·B·A (what it can write into the output) is that of B, the row space (what
+it reads of the input) that of Aᵀ, without directions whose singular value is below 1e-6 of the largest.
+Source: Björck & Golub, Math. Comp. 27 (1973).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paft.report.sources import Pair, Part
+
+_NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Of one pair of spaces: largest cosine, mean cos², and what random spaces of these dimensions have on average."""
+
+    largest: float
+    mean_square: float
+    chance: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"largest_cosine": self.largest, "mean_squared_cosine": self.mean_square,
+                "chance_mean_squared_cosine": self.chance}
+
+
+def angles(a: Part, b: Part) -> tuple[Angles, Angles] | None:
+    """(row spaces, column spaces); None where one is no product, or zero."""
+    first, second = a.factors(), b.factors()
+    if first is None or second is None:
+        return None
+    one, other = bases(first), bases(second)
+    if one is None or other is None:
+        return None
+    return between(one[1], other[1]), between(one[0], other[0])
+
+
+def bases(pair: Pair) -> Pair | None:
+    """Left and right singular vectors of a product, [m, k] and [n, k]; None where it is zero."""
+    (tall, upper), (wide, lower) = torch.linalg.qr(pair[0]), torch.linalg.qr(pair[1].T)
+    u, values, vt = torch.linalg.svd(upper @ lower.T)
+    count = int((values > _NEGLIGIBLE * values[0]).sum()) if len(values) and values[0] > 0 else 0
+    return (tall @ u[:, :count], wide @ vt[:count].T) if count else None
+
+
+def between(one: torch.Tensor, other: torch.Tensor) -> Angles:
+    cosines = torch.linalg.svdvals(one.T @ other).clamp(max=1)
+    return Angles(float(cosines[0]), float(cosines.square().mean()), min(1.0, max(one.shape[1], other.shape[1]) / len(one)))
