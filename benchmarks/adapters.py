@@ -1,6 +1,6 @@
 """Adapters on real input: dense SFT, SFT at several λ with both solvers, and DPO, on one base; held-out loss, sparsity, size.
 
-    python benchmarks/adapters.py MODEL --sft chat.jsonl --pref pairs.jsonl [--steps 20] [--rows 60] [-o benchmarks/adapters.json]
+    python benchmarks/adapters.py MODEL --sft chat.jsonl --pref pairs.jsonl [--steps 15] [--rows 40] [-o benchmarks/adapters.json]
 
 Every row is a `paft train-sft` or `paft train-dpo` on the same rows in the same order (one seed), LoRA r = 16, alpha = 32, on all
 linear layers, batch 4 of up to 256 tokens, AdamW, cosine with 10 % warm-up, 2e-4 (SFT) and 5e-5 (DPO). A tenth of the prompts
@@ -21,7 +21,7 @@ from typing import Any
 
 from paft.data import hold_out, load_rows
 
-LAMBDAS = ("1e-5", "1e-4", "1e-3")
+LAMBDAS = ("1e-5", "1e-4")
 SHARED = ("lora.r=16", "lora.alpha=32", "trainer.max_length=256", "trainer.per_device_train_batch_size=4",
           "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=5", "trainer.save_strategy=no")
 
@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--sft", type=Path, required=True)
     parser.add_argument("--pref", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "paft-adapters")
     parser.add_argument("-o", "--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,7 +141,9 @@ def forbidden(tmp_path: Path) -> Iterator[Path]:
         return
     import paft.train.stage  # noqa: F401 - all code is read before the rights are dropped
 
-    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent == Path(tempfile.gettempdir()).resolve():
+            break
         parent.chmod(0o755)
     os.seteuid(65534)
     try:

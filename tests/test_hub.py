@@ -43,7 +43,8 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "../x", "a/b/c", "~none", "a b", "-x/y", "a..b", "a--b", "org/"])
-def test_what_can_be_no_hub_id_is_not_asked_for(name: str) -> None:
+def test_what_can_be_no_hub_id_is_not_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFoundError) as caught:
         hub.resolve(name)
     assert "check the path" in (caught.value.hint or "")

@@ -132,7 +132,7 @@ def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
     if "rounding" in report:
         lost = report["rounding"]
         lines.append(f"rounding to the output dtype keeps {lost['entries_surviving']:.1%} of the changed entries")
-    return [*lines, f"next: paft eval {out} --base {report['base']} \\", "        --sft-data ... --pref-data ..."]
+    return [*lines, f"next: paft eval {out} \\", f"        --base {report['base']} \\", "        --sft-data ... --pref-data ..."]
 
 
 def _weights(text: str | None) -> list[float] | None:
