@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,21 @@ def _fsdp2(base: str, rows: Tensor) -> dict[str, Any]:
         fully_shard(layer, mesh=mesh)
     fully_shard(core, mesh=mesh)
     loss_of(core, core, rows, 1e-3).backward()
-    return {"gradients": gradients(core), "stepped": step(core, 1e-2)}
+    return {"gradients": gradients(core), "stepped": step(core, 1e-2), "saved": saved(core)}
+
+
+def saved(core: Any) -> dict[str, Tensor]:
+    """What a file of PEFT's holds of ``core``; every process takes part, the first writes."""
+    from safetensors.torch import load_file
+
+    from paft.train.artefact import state_of
+
+    state = state_of(core)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        core.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
+        return load_file(Path(folder) / "adapter_model.safetensors")
 
 
 def trained(base: str, scratch: Path, batch: int) -> dict[str, Any]:

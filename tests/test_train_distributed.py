@@ -49,6 +49,9 @@ def test_the_proximal_step_on_shards_is_that_of_one_process(two: Any, one: Any) 
     alone = distkit.step(one, 1e-2)
     assert distance(two["fsdp2"]["stepped"], alone) < 1e-7
     assert any((tensor == 0).any() for tensor in alone.values())
+    saved = distkit.saved(one)
+    assert two["fsdp2"]["saved"].keys() == saved.keys() and len(saved) == len(alone)
+    assert distance(two["fsdp2"]["saved"], saved) < 1e-7
 
 
 def test_a_run_on_two_processes_is_the_run_on_one(two: Any, tiny_base: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from paft.errors import MismatchError
 from paft.models import resolve_base
 from paft.provenance import content_hash, output_dir, write_manifest
 from paft.recipe import TrainRecipe
+from paft.train.l1 import is_sharded, whole
 from paft.train.work import Work
 
 
@@ -30,17 +31,24 @@ def base(recipe: TrainRecipe) -> dict[str, Any]:
     return found
 
 
+def state_of(model: Any) -> dict[str, Any] | None:
+    """What is trained, gathered where FSDP2 shards it, which every process must take part in; None where it lies whole."""
+    trained = {name: theta.detach() for name, theta in model.named_parameters() if theta.requires_grad}
+    return {name: whole(theta).cpu() for name, theta in trained.items()} if any(map(is_sharded, trained.values())) else None
+
+
 def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, running: Work, told: dict[str, Any], *,
-          overwrite: bool) -> dict[str, Any]:
+          state: dict[str, Any] | None, overwrite: bool) -> dict[str, Any]:
     """Write what ``trainer`` has learned to ``out``, as its sum with ``on`` if there is one; ``told`` goes into `paft.json`.
 
-    Full fine-tuning leaves a model that plain transformers loads, and that `paft merge --base` takes as θ − θ_pre.
+    ``state`` is that of `state_of`. Full fine-tuning leaves a model that plain transformers loads, and that `paft merge --base`
+    takes as θ − θ_pre.
     """
     with output_dir(out, overwrite=overwrite) as directory:
         if recipe.full:
-            save_model(trainer, resolve_base(str(recipe.model)), directory)
+            save_model(trainer, resolve_base(str(recipe.model)), directory, state)
         else:
-            save(trainer, recipe, on, directory)
+            save(trainer, recipe, on, directory, state)
             if recipe.chat_template:  # the base's own tokenizer would render messages in another way, or not at all
                 trainer.processing_class.save_pretrained(directory)
         shutil.copyfile(running.log, directory / running.log.name)
@@ -58,23 +66,23 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
     return manifest
 
 
-def save_model(trainer: Any, base: Path, directory: Path) -> None:
+def save_model(trainer: Any, base: Path, directory: Path, state: dict[str, Any] | None) -> None:
     """The model and its tokenizer as transformers writes them; MismatchError for a parameter that is no number."""
     from transformers import AutoConfig
 
-    for name, theta in trainer.model.named_parameters():
+    for name, theta in (state or dict(trainer.model.named_parameters())).items():
         if not theta.isfinite().all():  # after the last step no loss would tell
             raise MismatchError(f"{name} holds NaN or infinity: training has diverged", hint="lower trainer.learning_rate")
     trainer.model.config.use_cache = getattr(AutoConfig.from_pretrained(base), "use_cache", True)  # off while it trains
-    trainer.model.save_pretrained(directory)
+    trainer.model.save_pretrained(directory, state_dict=state)
     trainer.processing_class.save_pretrained(directory)
 
 
-def save(trainer: Any, recipe: TrainRecipe, on: Adapter | None, directory: Path) -> None:
+def save(trainer: Any, recipe: TrainRecipe, on: Adapter | None, directory: Path, state: dict[str, Any] | None) -> None:
     """The adapter in a file of PEFT's, checked by reading it again; with ``on``, their sum."""
     # save_embedding_layers would ask the hub for the base's config; no layer of ours needs the answer.
     with tempfile.TemporaryDirectory() as scratch:
-        trainer.model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=["default"])
+        trainer.model.save_pretrained(scratch, save_embedding_layers=False, selected_adapters=["default"], state_dict=state)
         name_base(Path(scratch) / CONFIG, str(recipe.model))  # first, since it also puts the targets into one order
         trained = read_adapter(scratch)  # refuses NaN: after the last step no loss would tell
         if on is None:

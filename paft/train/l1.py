@@ -170,4 +170,9 @@ def accurate(factor: Tensor) -> Tensor:
 
 def whole(factor: Tensor) -> Tensor:
     """All rows of a factor that FSDP2 shards (an all-gather; its gradient is sharded again), any other as it is."""
-    return factor.full_tensor() if hasattr(factor, "full_tensor") else factor  # type: ignore[attr-defined]
+    return factor.full_tensor() if is_sharded(factor) else factor  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Is it a part of a tensor that FSDP2 holds in several processes?"""
+    return hasattr(tensor, "full_tensor")

@@ -142,8 +142,9 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         metrics = _metrics(trainer, bool(rows.get("eval")))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
                 "reference": held.of(trainer) if held else None}
+        state = artefact.state_of(trainer.model)
         if work.leads():
-            told = artefact.write(trainer, recipe, on, out, running, told, overwrite=overwrite)
+            told = artefact.write(trainer, recipe, on, out, running, told, state=state, overwrite=overwrite)
         trainer.accelerator.wait_for_everyone()
         return told
 
