@@ -104,6 +104,9 @@ def main() -> None:
     rows = [row(name, train(name, options, data)) for name in stages()]
     record = {"model": options.model.name, "steps": options.steps, "rows": rows, "table": table(rows)}
     options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    command = f"python benchmarks/adapters.py {options.model.name} --sft {options.sft.name} --pref {options.pref.name}"
+    text = f"`{command} --steps {options.steps} --rows {options.rows}`"
+    options.out.with_suffix(".md").write_text("\n".join([text, "", *record["table"]]) + "\n")
     print("\n".join(record["table"]))
 
 
