@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -43,7 +45,13 @@ def main() -> None:
     for name in ("SIGTERM", "SIGHUP"):  # a scheduler's or a terminal's end cleans up as Ctrl-C does; nohup stays ignored
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), _interrupt)
-    sys.exit(invoke(sys.argv[1:]))
+    code = invoke(sys.argv[1:])
+    if sys.argv[1:2] != ["merge"]:
+        sys.exit(code)
+    with contextlib.suppress(OSError):  # all is on the disk: to take an interpreter with torch and LLVM apart costs 0.7 s
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:

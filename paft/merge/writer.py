@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -65,6 +66,7 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
     """
     done, before = Written(), torch.get_num_threads()
     with ExitStack() as stack:
+        syncer = stack.enter_context(ThreadPoolExecutor(1))
         pool = stack.enter_context(ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)))
         stack.callback(torch.set_num_threads, before)
         jobs: list[tuple[Entry, _Place, Future[tuple[str, str]]]] = []
@@ -75,6 +77,7 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
             stack.callback(os.close, target)
             for entry, place in _layout(file, base, dtype, source, target):
                 jobs.append((entry, place, pool.submit(_write_one, entry, place, merged)))
+        left, synced = Counter(place.target for _, place, _ in jobs), []
         try:
             for entry, place, job in jobs:
                 read, wrote = job.result()
@@ -83,10 +86,14 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
                 done.read += entry.nbytes
                 done.written += place.nbytes
                 progress(entry.name)
+                left[place.target] -= 1
+                if not left[place.target]:  # not before: a file that is written to waits for the disk
+                    synced.append(syncer.submit(os.fsync, place.target))
+            for sync in synced:
+                sync.result()
         finally:  # no thread may hold a file when it is closed
             pool.shutdown(cancel_futures=True)
-        for target in {place.target for _, place, _ in jobs}:
-            os.fsync(target)
+            syncer.shutdown(cancel_futures=True)
     return done
 
 
