@@ -107,7 +107,7 @@ BAD: list[tuple[Callable[[World], list[str]], int, str]] = [
     (lambda w: w.train("-c", "sft-l2"), 4, "'sft-l2'"),
     (lambda w: ["verify", str(w.folder / "none")], 4, "none"),
     (lambda w: ["verify", str(w.base)], 4, "paft.json"),
-    (lambda w: ["sparsity-report", str(w.base)], 4, "adapter_config.json"),
+    (lambda w: ["sparsity-report", str(w.base)], 2, "needs its base"),
     (lambda w: ["sparsity-report", str(w.one), "--plot", str(w.chat / "figure.png")], 3, "chat.jsonl"),
 ]
 
