@@ -164,7 +164,7 @@ def concatenate(
     for module in modules:
         shares = weights[module] if isinstance(weights, Mapping) else weights
         parts = [(w, a.factors[module]) for w, a in zip(shares, adapters, strict=True) if module in a.factors]
-        if len({(f.A.shape[1], f.B.shape[0]) for _, f in parts}) > 1:
+        if len({f.shape for _, f in parts}) > 1:
             raise MismatchError(f"the adapters disagree on the shape of {module}", hint="they were trained on different bases")
         a = torch.cat([f.A for _, f in parts])
         b = torch.cat([f.B * (w * f.scale) for w, f in parts], dim=1)

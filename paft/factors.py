@@ -11,28 +11,41 @@ from paft.checkpoint import Entry
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A factor on the disk: what reads it, and the shape that it has there."""
+
+    read: Callable[[], torch.Tensor]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Factors:
     """One module's ``ΔW = scale · B @ A``, float32; ``fan_in_fan_out`` is the configuration's claim about the base.
 
     Of an ``embedding`` the product is the tensor as it is stored, [vocabulary, hidden]. With a ``magnitude`` (DoRA)
     the product is not all of ΔW: it turns the direction of W's columns, and ``magnitude`` sets their length.
-    A factor may be given as what reads it: it then stays on the disk, and each use of ``A`` or ``B`` reads it.
+    A factor may be `Stored`: it then stays on the disk, and each use of ``A`` or ``B`` reads it.
     """
 
-    a: torch.Tensor | Callable[[], torch.Tensor]
-    b: torch.Tensor | Callable[[], torch.Tensor]
+    a: torch.Tensor | Stored
+    b: torch.Tensor | Stored
     scale: float
     fan_in_fan_out: bool
     embedding: bool = False
     magnitude: torch.Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of the product, ``[out, in]``; nothing is read for it."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
     def A(self) -> torch.Tensor:
-        return self.a if isinstance(self.a, torch.Tensor) else self.a()
+        return self.a if isinstance(self.a, torch.Tensor) else self.a.read()
 
     @property
     def B(self) -> torch.Tensor:
-        return self.b if isinstance(self.b, torch.Tensor) else self.b()
+        return self.b if isinstance(self.b, torch.Tensor) else self.b.read()
 
 
 @dataclass(frozen=True)

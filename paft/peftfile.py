@@ -26,7 +26,7 @@ import torch
 
 from paft.checkpoint import Checkpoint, read_entries
 from paft.errors import MismatchError
-from paft.factors import Factors, Parts, Rows, Saved
+from paft.factors import Factors, Parts, Rows, Saved, Stored
 
 PREFIX = "base_model.model."
 # Names of the embedding and the head in the architectures of transformers. PEFT stores copies of these unasked.
@@ -164,8 +164,8 @@ class _Reader:
             magnitude = self._tensor(found["magnitude"][module][""], 1)
         if embedding:
             return Factors(b.T.contiguous(), a.T.contiguous(), scale, False, True, magnitude)
-        a, b = (partial(self._tensor, keys[side], 2) for side in "AB")  # read and checked above, and again where it is used
-        return Factors(a, b, scale, bool(self.config.get("fan_in_fan_out")), False, magnitude)
+        left, right = (Stored(partial(self._tensor, keys[side], 2), self.source.entries[keys[side]].shape) for side in "AB")
+        return Factors(left, right, scale, bool(self.config.get("fan_in_fan_out")), False, magnitude)
 
     def _check_beside(self, module: str, kind: str, option: str, key: str | None, size: int, embedding: bool) -> None:
         """A module has DoRA's magnitude, or a LoRA bias, exactly when the configuration says so."""

@@ -109,7 +109,7 @@ class _Placer:
     def _place_factors(self, module: str, factors: Factors) -> None:
         name = self.names.find(f"{module}.weight")
         transposed = self._is_transposed(module, factors)
-        shape = (len(factors.B), factors.A.shape[1])
+        shape = factors.shape
         self._check_shape(name, f"{module}.weight", shape[::-1] if transposed else shape)
         self._add(name, module, LowRank(factors, transposed))
 

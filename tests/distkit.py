@@ -107,8 +107,8 @@ def saved(core: Any) -> dict[str, Tensor]:
 
 def trained(base: str, scratch: Path, batch: int) -> dict[str, Any]:
     """Factors, log and λ after an SFT run with ``batch`` rows a process."""
-    from test_train_penalised import sft_trainer, start_away_from_zero
-    from trainkit import factors
+    from test_train_penalised import sft_trainer
+    from trainkit import factors, start_away_from_zero
 
     options = {**TRAIN, "per_device_train_batch_size": batch}
     trainer = start_away_from_zero(sft_trainer(Path(base), scratch, l1=1e-3, trainer=options))

@@ -55,15 +55,6 @@ def trls(base: Path, scratch: Path, loss: Any, kind: Any, config: Any, options: 
                 peft_config=lora_config(recipe.lora))
 
 
-def start_away_from_zero(trainer: Any) -> Any:
-    """B = 0 has no L1 gradient, and no margin; random factors have both everywhere."""
-    torch.manual_seed(1)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B.default" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return trainer
-
-
 def columns(base: str, scratch: str) -> dict[str, list[float]]:
     """The reference log-probabilities of rows that no batch divides, computed once, of pairs and of labelled rows."""
     found: dict[str, list[float]] = {}

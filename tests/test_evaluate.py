@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import AdapterFactory, make_tokenizer
-from test_train_penalised import dpo_trainer, start_away_from_zero
-from trainkit import pref_rows, sft_rows
+from test_train_penalised import dpo_trainer
+from trainkit import pref_rows, sft_rows, start_away_from_zero
 from transformers import GPT2Config, GPT2LMHeadModel
 from trl import SFTConfig, SFTTrainer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train_resume import At, Killed, killed, records
+from test_train_resume import Killed, die_at, killed, records
 from test_train_stage import PREF_ROWS, SFT_ROWS, SHORT, logits, refused
 from trainkit import parts, sft_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +23,7 @@ from paft.errors import MismatchError, UsageError
 from paft.merge.engine import merge
 from paft.provenance import content_hash, verify
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.train import dense, stage
+from paft.train import dense
 from paft.train.dense import Start
 from paft.train.stage import plan, train
 
@@ -131,15 +131,8 @@ def test_dpo_has_the_base_as_its_reference(tiny_base: Path, tmp_path: Path) -> N
 def test_it_resumes_to_the_bit(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(tiny_base, l1=1e-4, trainer={"save_steps": 1})
     train(made, tmp_path / "unbroken", rows=SFT_ROWS, quiet=True)
-    build = stage._build
-
-    def dying(*given: Any) -> Any:
-        trainer = build(*given)
-        trainer.add_callback(At(2, killed))
-        return trainer
-
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_build", dying)
+        die_at(2, killed, patch.setattr)
         with pytest.raises(Killed):
             train(made, tmp_path / "a", rows=SFT_ROWS, quiet=True)
     train(made, tmp_path / "a", rows=SFT_ROWS, resume=True, quiet=True)

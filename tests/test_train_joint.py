@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_penalised import LORA, SGD, dpo_trainer, sft_trainer, start_away_from_zero
+from test_train_penalised import LORA, SGD, dpo_trainer, sft_trainer
 from torch import Tensor
-from trainkit import distance, factors, identical, parts, pref_rows, sft_rows
+from trainkit import distance, factors, identical, parts, pref_rows, sft_rows, start_away_from_zero
 from transformers import set_seed
 
 from paft.errors import MismatchError, UsageError

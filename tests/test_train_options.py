@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_train_resume import At, Killed, assert_same, killed
+from test_train_resume import Killed, assert_same, die_at, killed
 from test_train_stage import SFT_ROWS, logits, refused, sft_recipe, write_rows
 from trainkit import saved, sft_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from paft.errors import MismatchError, ResourceError, UsageError
 from paft.merge.engine import merge
 from paft.recipe import SftRecipe, load
-from paft.train import artefact, stage
+from paft.train import artefact
 from paft.train.checks import keep_reports_quiet
 from paft.train.stage import plan, train
 
@@ -118,18 +118,12 @@ def test_early_stopping_keeps_the_best_step(tiny_base: Path, tmp_path: Path, mon
     until = sft_recipe(tiny_base, lora={"dropout": 0.1}, trainer={**RISES, "max_steps": best}, early_stopping={"patience": 2})
     train(until, tmp_path / "b", rows=SFT_ROWS, quiet=True)
     assert all(torch.equal(saved(tmp_path / "b")[name], tensor) for name, tensor in saved(tmp_path / "a").items())
-    build = stage._build
     with monkeypatch.context() as patch:  # killed between the best step and the stop: the count goes on
-        patch.setattr(stage, "_build", lambda *given: _with(build(*given), At(best + 1, killed)))
+        die_at(best + 1, killed, patch.setattr)
         with pytest.raises(Killed):
             train(recipe, tmp_path / "c", rows=SFT_ROWS, quiet=True)
     train(recipe, tmp_path / "c", rows=SFT_ROWS, resume=True, quiet=True)
     assert_same(tmp_path / "a", tmp_path / "c")
-
-
-def _with(trainer: Any, callback: Any) -> Any:
-    trainer.add_callback(callback)
-    return trainer
 
 
 @pytest.mark.parametrize("fields", [{"early_stopping": {}}, {"trainer": {"load_best_model_at_end": True}},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainkit import distance, factors, identical, parts, pref_rows, sft_rows
+from trainkit import distance, factors, identical, parts, pref_rows, sft_rows, start_away_from_zero
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -44,15 +44,6 @@ def dpo_trainer(base: Path, scratch: Path, *, eval_rows: Any = (), rows: int = 1
 
 
 MAKERS = pytest.mark.parametrize("make", [sft_trainer, dpo_trainer])
-
-
-def start_away_from_zero(trainer: Any) -> Any:
-    """B = 0 has no L1 gradient; random factors have one everywhere."""
-    torch.manual_seed(1)
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return trainer
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_resume import At, Killed, killed, records
+from test_train_resume import Killed, die_at, killed, records
 from test_train_stage import PREF_ROWS, SFT_ROWS, SHORT, logits, refused, sft_recipe, write_rows
 from trainkit import distance, saved, sft_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -21,7 +21,7 @@ from paft.errors import ResourceError, UsageError
 from paft.models import load_model
 from paft.provenance import content_hash
 from paft.recipe import DpoRecipe
-from paft.train import artefact, stage
+from paft.train import artefact
 from paft.train.stage import plan, train
 
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
@@ -107,15 +107,8 @@ def test_qlora_trains_float32_factors_on_four_bits(kind: str, wide: Path, tmp_pa
 def test_qlora_resumes_to_the_bit(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = sft_recipe(wide, quantize="4bit", lora={"dropout": 0.1}, trainer={"save_steps": 1})
     train(recipe, tmp_path / "unbroken", rows=SFT_ROWS, quiet=True)
-    build = stage._build
-
-    def dying(*given: Any) -> Any:
-        trainer = build(*given)
-        trainer.add_callback(At(2, killed))
-        return trainer
-
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_build", dying)
+        die_at(2, killed, patch.setattr)
         with pytest.raises(Killed):
             train(recipe, tmp_path / "a", rows=SFT_ROWS, quiet=True)
     train(recipe, tmp_path / "a", rows=SFT_ROWS, resume=True, quiet=True)

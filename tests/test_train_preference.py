@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from preferencekit import SGD, ours, recipe_of, start_away_from_zero, trls
-from trainkit import distance, factors, identical, parts, pref_rows
+from preferencekit import SGD, ours, recipe_of, trls
+from trainkit import distance, factors, identical, parts, pref_rows, start_away_from_zero
 from trl.data_utils import unpair_preference_dataset
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import AdapterFactory
 from peft import PeftModel
-from preferencekit import LORA, SGD, ours, recipe_of, start_away_from_zero
+from preferencekit import LORA, SGD, ours, recipe_of
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid
-from trainkit import distance, factors, identical, parts, pref_rows, saved
+from trainkit import distance, factors, identical, parts, pref_rows, saved, start_away_from_zero
 from transformers import AutoModelForCausalLM
 from variantkit import make, wrapped
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 from test_train_l1 import dense_deltas
-from test_train_penalised import SGD, dpo_trainer, sft_trainer, start_away_from_zero
-from trainkit import distance, factors, parts, sft_rows
+from test_train_penalised import SGD, dpo_trainer, sft_trainer
+from trainkit import distance, factors, parts, sft_rows, start_away_from_zero
 
 from paft.errors import UsageError
 from paft.recipe import DpoRecipe, SftRecipe

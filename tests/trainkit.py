@@ -67,3 +67,12 @@ def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of any entry."""
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def start_away_from_zero(trainer: Any) -> Any:
+    """B = 0 has no L1 gradient, and no margin; random factors have both everywhere."""
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B.default" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return trainer

@@ -33,7 +33,7 @@ def estimate(job: Job) -> dict[str, Any]:
         entry.rows * entry.columns * writer.output_dtype(entry, job.dtype).itemsize if entry.is_float else entry.nbytes
         for entry in entries.values()
     )
-    factors = [f.A.nbytes + f.B.nbytes for adapter in job.inputs.adapters for f in adapter.factors.values()]
+    factors = [4 * f.a.shape[0] * sum(f.shape) for adapter in job.inputs.adapters for f in adapter.factors.values()]
     held = sum(factors) if job.output_kind == "lora" else max(factors, default=0) * 2 * job.threads
     tile = max((tile_rows(entry.columns, job.elements) * entry.columns for entry in changed), default=0)
     counts = {"merged": len(changed), "copied": len(entries) - len(changed)}

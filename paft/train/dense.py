@@ -94,13 +94,9 @@ class Dense:
     start: Start
     term: Any
     model: Any
-    _metrics: Any
 
-    def _penalty(self, num_items_in_batch: Any) -> Tensor:
-        value, norm = self.start.penalty(self.model, **self.term.in_loss())
-        self._metrics["train"]["l1"].append(norm.item())
-        scaled = self._scaled_already(num_items_in_batch)  # type: ignore[attr-defined]
-        return value if scaled else value * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        return self.start.penalty(self.model, **self.term.in_loss())
 
     def sparsity(self) -> dict[str, float]:
         """What the log says of the L1 term, for the model as it is now; nothing without the term."""

@@ -110,6 +110,8 @@ class _Table:
     def _turn(self, seat: int) -> None:
         if self.stopped:
             raise _Stopped
+        if len(self.present) == 1:
+            return
         state = _remember()
         with self.changed:
             self.current = self._after(seat)

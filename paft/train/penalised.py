@@ -62,10 +62,14 @@ class Penalised:
         return (loss, result[1]) if return_outputs else loss
 
     def _penalty(self, num_items_in_batch: Any) -> Tensor:
-        value, norm = penalty(self.model, **self.term.in_loss(), scaled=self.term.scaled)
+        value, norm = self._measured()
         if math.isfinite(size := norm.item()):
             self._metrics["train"]["l1"].append(size)
         return value if self._scaled_already(num_items_in_batch) else value * self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """(the penalty, ‖δ‖₁) of this step."""
+        return penalty(self.model, **self.term.in_loss(), scaled=self.term.scaled)
 
     def _scaled_already(self, num_items_in_batch: Any) -> bool:
         flag = self.loss_is_scaled_for_ga  # type: ignore[attr-defined]

@@ -23,10 +23,9 @@ def build(recipe: DpoRecipe, model: Any, tokenizer: Any, rows: list[Row], eval_r
           reference: Reference | None = None, *, quiet: bool = False) -> Any:
     """A trainer for ``recipe``; ``peft_config`` (not a PeftModel) makes TRL take the adapter-off model as reference.
 
-    A whole model (``recipe.full``) has none: there TRL loads the base a second time, which leaves again if the reference's
-    log-probabilities are computed first.
-
-    ``reference`` stands in its place (`paft.train.reference.prepare`). Raises UsageError for labels that are all alike.
+    ``reference`` stands in its place (`paft.train.reference.prepare`). A whole model (``recipe.full``) has no adapter to turn
+    off: there TRL loads the base a second time, which leaves again if the reference's log-probabilities are computed first.
+    Raises UsageError for labels that are all alike.
     """
     reference = reference or Reference()
     family = losses.family(recipe)
