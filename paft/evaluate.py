@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,10 +59,12 @@ class Evaluator:
     batch_size: int = 64
     generate: int = 0
     judge: Judge | None = None
+    limit: int | None = None  # tokens of a row that are scored; None: what the model has positions for
 
     def against(self, base: torch.nn.Module) -> Evaluator:
         """The same evaluator with ``base`` as the DPO reference."""
-        return Evaluator(self.tokenizer, self.held, self._pairs(base), self.beta, self.batch_size, self.generate, self.judge)
+        base.eval()
+        return replace(self, reference=self._pairs(base))
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
@@ -99,7 +101,7 @@ class Evaluator:
         return chosen, rejected
 
     def _logps(self, model: torch.nn.Module, coded: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-        return answer_logps(model, coded, self.tokenizer.pad_token_id, self.batch_size)
+        return answer_logps(model, coded, self.tokenizer.pad_token_id, self.batch_size, self.limit)
 
     def _generated(self, model: torch.nn.Module) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -136,13 +138,14 @@ def _positions(model: Any) -> int:
 
 
 @torch.no_grad()
-def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, batch_size: int) -> tuple[Tensor, Tensor]:
+def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, batch_size: int,
+                 limit: int | None = None) -> tuple[Tensor, Tensor]:
     """(summed log-probability, number of tokens) of each answer, float64 on the CPU, in the order given.
 
-    Rows are cut at the model's ``max_position_embeddings``; what is cut off counts nothing.
+    Rows are cut at ``limit`` or the model's ``max_position_embeddings``; what is cut off counts nothing.
     """
     total, count = torch.zeros(len(coded), dtype=torch.float64), torch.zeros(len(coded), dtype=torch.float64)
-    limit = _positions(model)
+    limit = min(limit or _positions(model), _positions(model))
     for group in _batches([len(ids) for ids, _ in coded], batch_size):
         width = min(max(len(coded[i][0]) for i in group), limit)
         ids = torch.full((len(group), width), pad)

@@ -33,7 +33,8 @@ class TrainRecipe(Strict):
     """What the trainers share. ``trainer`` takes TRL's own options verbatim (SFTConfig or DPOConfig fields).
 
     ``full`` trains every weight instead of a LoRA; then ``lora`` has no use, and the result is a model. ``dtype`` is that of the
-    frozen base, ``quantize: 4bit`` stores its linear layers as NF4 (QLoRA); what is trained is float32 always.
+    frozen base, ``quantize: 4bit`` stores its linear layers as NF4 (QLoRA); what is trained is float32 always. ``streaming``: the
+    data are never held in memory.
     """
 
     model: str | None = None
@@ -49,6 +50,7 @@ class TrainRecipe(Strict):
     l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient = 0.0
     seed: int = 0
+    streaming: bool = False
     eval_fraction: Fraction = 0.0
     early_stopping: EarlyStopping | None = None
     chat_template: str | None = None
@@ -57,12 +59,11 @@ class TrainRecipe(Strict):
 
 
 class DataRecipe(TrainRecipe):
-    """Trainers of one data set (or mixture). ``columns``: our column name -> its; ``streaming``: never held in memory."""
+    """Trainers of one data set (or mixture). ``columns``: our column name -> its."""
 
     data: Sources | None = None
     eval_data: Sources | None = None
     columns: dict[str, str] = {}
-    streaming: bool = False
 
 
 class SftRecipe(DataRecipe):
@@ -80,26 +81,50 @@ def _weighted(loss: Any) -> Any:
     return dict.fromkeys(names, 1.0) if isinstance(names, list) and all(isinstance(name, str) for name in names) else loss
 
 
-class DpoRecipe(DataRecipe):
-    """Preference training: ``loss`` is a name, a list, or names with weights (`paft.train.losses`); ``reference`` says what π_ref
-    is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
+class PreferenceRecipe(TrainRecipe):
+    """What preference training needs: ``loss`` is a name, a list, or names with weights (`paft.train.losses`); ``reference`` says
+    what π_ref is (`paft.train.reference`), and ``reference_sft`` are SFTConfig fields for the training of ``chosen-sft``."""
 
-    kind: Literal["train-dpo"] = "train-dpo"
     loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
     reference: str | None = None
     reference_sft: dict[str, Any] = {}
     beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
 
 
-class JointRecipe(TrainRecipe):
-    """Both objectives in one process: L = lam·DPO + (1-lam)·SFT in each step (Mix). ``trainer`` takes DPOConfig fields."""
+class DpoRecipe(DataRecipe, PreferenceRecipe):
+    """Preference training on one data set."""
+
+    kind: Literal["train-dpo"] = "train-dpo"
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class JointRecipe(PreferenceRecipe):
+    """Both objectives in one process: ``lam`` weights DPO, by ``method`` (`paft.train.schedules`, `paft.train.uft`).
+
+    ``max_eval_steps`` is MAXRIGHT's k and ``smoothing`` that of its gaps; ``sft_opt`` and ``dpo_opt`` are f*, or
+    ``estimate_optima`` (`paft.train.optima`). ``max_tokens`` is a budget in place of ``trainer.max_steps``. ``stop_front`` ends
+    a training that does as well as the log of another (`paft.train.front`). ``trainer`` takes DPOConfig fields.
+    """
 
     kind: Literal["train-joint"] = "train-joint"
-    method: Literal["mix"] = "mix"
+    method: Literal["mix", "sequential", "alright", "maxright"] = "mix"
     sft_data: Sources | None = None
     pref_data: Sources | None = None
+    sft_eval_data: Sources | None = None
+    pref_eval_data: Sources | None = None
+    sft_columns: dict[str, str] = {}
+    pref_columns: dict[str, str] = {}
     lam: Annotated[float, Field(ge=0, le=1)] = 0.5
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    order: Literal["dpo-sft", "sft-dpo"] = "dpo-sft"
+    max_eval_steps: Annotated[int, Field(gt=0)] = 10
+    smoothing: Fraction = 0.0
+    sft_opt: Finite | None = None
+    dpo_opt: Finite | None = None
+    estimate_optima: bool = False
+    stop_front: str | None = None
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
 
 

@@ -6,27 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_train_penalised import LORA, SGD, dpo_trainer, sft_trainer
 from torch import Tensor
 from trainkit import distance, factors, identical, parts, pref_rows, sft_rows, start_away_from_zero
 from transformers import set_seed
 
-from paft.errors import MismatchError, UsageError
+from paft.errors import MismatchError
 from paft.recipe import JointRecipe
 from paft.train import joint
 from paft.train.l1 import penalty
-from paft.train.schedules import Mix
 from paft.train.stage import train
 
 STEP = {**SGD, "learning_rate": 0.1, "max_steps": 1, "per_device_train_batch_size": 8}
 
 
-def joint_trainer(base: Path, scratch: Path, *, rows: int = 8, chat: bool = False, **fields: Any) -> Any:
-    """On whole batches of ``rows``, so that another trainer that shuffles otherwise sees the same ones."""
+def joint_trainer(base: Path, scratch: Path, *, rows: int = 8, answer: int | None = 3, optima: Any = None, **fields: Any) -> Any:
+    """On whole batches of ``rows``, so that a step of another trainer sees the same ones."""
     recipe = JointRecipe(model=str(base), lora=LORA, **fields)
     set_seed(recipe.seed)
-    return joint.build(recipe, *parts(base), {"sft": sft_rows(rows, chat=chat), "pref": pref_rows(rows, chat=chat)}, str(scratch))
+    data = {"sft": sft_rows(rows, answer=answer), "pref": pref_rows(rows)}
+    return joint.build(recipe, *parts(base), data, str(scratch), None, optima)
 
 
 def moved(trainer: Any) -> dict[str, Tensor]:
@@ -36,22 +35,19 @@ def moved(trainer: Any) -> dict[str, Tensor]:
     return {name: tensor - before[name] for name, tensor in factors(trainer).items()}
 
 
-def test_lam_one_is_dpo_to_the_bit(tiny_base: Path, tmp_path: Path) -> None:
-    options = {**STEP, "max_steps": 4, "per_device_train_batch_size": 4}
-    both, alone = (
-        joint_trainer(tiny_base, tmp_path, rows=16, lam=1.0, trainer=options),
-        dpo_trainer(tiny_base, tmp_path, trainer=options),
-    )
+@pytest.mark.parametrize("method", ["mix", "alright", "sequential"])
+@pytest.mark.parametrize(("lam", "alone"), [(1.0, dpo_trainer), (0.0, sft_trainer)])
+def test_one_objective_alone_is_its_own_trainer_to_the_bit(
+    method: str, lam: float, alone: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    """Three passes over rows of unequal length, with accumulation: the same batches in the same order, the same bits."""
+    options = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    both = joint_trainer(tiny_base, tmp_path, rows=16, method=method, lam=lam, trainer=options)
+    other = alone(tiny_base, tmp_path, trainer=options)
     both.train()
-    alone.train()
-    assert identical(factors(both), factors(alone))
-
-
-def test_lam_zero_is_sft(tiny_base: Path, tmp_path: Path) -> None:
-    options = {**STEP, "max_steps": 3}
-    both = moved(joint_trainer(tiny_base, tmp_path, lam=0.0, trainer=options))
-    assert distance(both, moved(sft_trainer(tiny_base, tmp_path, rows=8, trainer=options))) < 1e-6
-    assert max(float(tensor.abs().max()) for tensor in both.values()) > 1e-3
+    other.train()
+    assert both.taken == ("D" if lam else "S") * 12
+    assert identical(factors(both), factors(other))
 
 
 @pytest.mark.parametrize("lam", [0.25, 0.8])
@@ -63,11 +59,16 @@ def test_the_gradient_is_the_weighted_sum_of_both(lam: float, tiny_base: Path, t
     assert min(distance(both, dpo), distance(both, sft)) > 1e-4
 
 
-def test_accumulation_changes_nothing_but_rounding(tiny_base: Path, tmp_path: Path) -> None:
-    """Answers are of equal length, so that the mean over micro-batches is the mean over tokens."""
+@pytest.mark.parametrize("method", ["mix", "alright"])
+def test_accumulation_changes_nothing_but_rounding(method: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Answers are of unequal length: the mean of an SFT step is over the tokens of all its micro-batches."""
     split = {**STEP, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    whole, parted = (moved(joint_trainer(tiny_base, tmp_path, l1=1e-3, l2=1e-2, trainer=options)) for options in (STEP, split))
-    assert distance(whole, parted) < 1e-6
+    for lam in (0.0, 0.4, 1.0):
+        whole, parted = (
+            moved(joint_trainer(tiny_base, tmp_path, method=method, lam=lam, l1=1e-3, l2=1e-2, answer=None, trainer=options))
+            for options in (STEP, split)
+        )
+        assert distance(whole, parted) < 1e-6
 
 
 def test_both_losses_and_the_penalty_are_logged_apart(tiny_base: Path, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_conversations_and_a_cycling_sft_set(tiny_base: Path, tmp_path: Path) ->
         model=str(tiny_base), lora=LORA, sft_batch_size=2, trainer={"per_device_train_batch_size": 4, "learning_rate": 1e-2}
     )
     one, two = (train(recipe, tmp_path / name, rows=rows, quiet=True) for name in ("one", "two"))
-    assert one["metrics"]["steps"] == 4
+    assert one["metrics"]["steps"] == 3  # (2 + 4) / 2, since Mix takes both in each
     assert {"sft_loss", "dpo_loss"} <= one["metrics"].keys()
     assert one["content_sha256"] == two["content_sha256"]
 
@@ -100,15 +101,3 @@ def test_sft_rows_that_fill_the_context_are_refused(tiny_base: Path, tmp_path: P
     recipe = JointRecipe(model=str(tiny_base), trainer={"max_length": 4, "max_steps": 1})
     with pytest.raises(MismatchError, match="max_length=4"):
         train(recipe, tmp_path / "a", rows=rows, quiet=True)
-
-
-def test_an_evaluation_share_is_not_dropped_in_silence(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="eval_fraction"):
-        train(JointRecipe(model=str(tiny_base), eval_fraction=0.1, sft_data="demo:sft", pref_data="demo:pref"), tmp_path / "a")
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
-def test_mix_weighs_to_one(lam: float) -> None:
-    weights = Mix(lam)(7)
-    assert weights == {"dpo": lam, "sft": pytest.approx(1 - lam)}
-    assert torch.tensor(list(weights.values())).sum() == 1

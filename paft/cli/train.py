@@ -34,15 +34,17 @@ LOSS = click.option("--loss", metavar="NAME[=WEIGHT],...",
 REFERENCE = click.option("--reference", metavar="base|chosen-sft|PATH",
                          help="What the loss compares with. base: the model that the policy starts from; chosen-sft: an SFT on"
                               " the chosen answers, trained first; or an adapter on the same base, or a model  [default: base].")
+STREAMING = click.option("--streaming", is_flag=True, default=None, help="Read the data while training; needs trainer.max_steps.")
+EVAL_FRACTION = click.option("--eval-fraction", metavar="NUMBER", type=click.FloatRange(0, 1, max_open=True),
+                             help="Or hold out this share of the data.")
 DATA = options.stack(
     click.option("-d", "--data", metavar="DATA", multiple=True,
                  help="File, directory, hub id org/name[@revision][#subset][:split], or demo:sft / demo:pref; may be repeated."),
     click.option("--mix", metavar="W,W,...", help="Shares of the data sets in the mixture, one for each --data."),
     click.option("--columns", metavar="OURS=THEIRS,...", help="Column names, e.g. prompt=question,completion=answer."),
-    click.option("--streaming", is_flag=True, default=None, help="Read the data while training; needs trainer.max_steps."),
+    STREAMING,
     click.option("--eval-data", metavar="DATA", help="Held-out rows; their loss never contains the penalty."),
-    click.option("--eval-fraction", metavar="NUMBER", type=click.FloatRange(0, 1, max_open=True),
-                 help="Or hold out this share of the data."),
+    EVAL_FRACTION,
 )
 ROWS = options.stack(
     click.option("--chat-template", metavar="NAME", help="zephyr, chatml, alpaca or a .jinja file, instead of the model's own."),
@@ -103,24 +105,55 @@ def _loss(text: str | None) -> str | dict[str, float] | None:
     return weights
 
 
-@click.command("train-joint")
-@options.stack(
-    MODEL,
-    click.option("--sft-data", metavar="DATA", help="Instruction rows: a file, a directory, a hub id, or demo:sft."),
-    click.option("--pref-data", metavar="DATA", help="Preference rows: a file, a directory, a hub id, or demo:pref."),
-    options.out_option,
-    click.option("--method", type=click.Choice(["mix"]), help="How the objectives share the steps  [default: mix]."),
+JOINT = options.stack(
+    click.option("--method", type=click.Choice(["mix", "sequential", "alright", "maxright"]),
+                 help="How the objectives share the steps  [default: mix]."),
     click.option("--lam", metavar="NUMBER", type=click.FloatRange(0, 1),
-                 help="λ weights DPO: λ·DPO + (1-λ)·SFT  [default: 0.5]."),
-    BETA, L1, L1_HOW, ON, LAST,
+                 help="λ weights DPO: in a sum, as the share of the steps, or of the gap  [default: 0.5]."),
+    click.option("--order", type=click.Choice(["dpo-sft", "sft-dpo"]), help="Of sequential  [default: dpo-sft]."),
+    click.option("--max-eval-steps", metavar="K", type=click.IntRange(1),
+                 help="maxright: evaluate both objectives every K steps  [default: 10]."),
+    click.option("--smoothing", metavar="NUMBER", type=click.FloatRange(0, 1, max_open=True),
+                 help="maxright: running mean of the gaps  [default: 0]."),
+    click.option("--sft-opt", metavar="LOSS", type=float, help="f*, the least that the SFT loss comes to."),
+    click.option("--dpo-opt", metavar="LOSS", type=float, help="f*, the least that the DPO loss comes to."),
+    click.option("--estimate-optima", is_flag=True, default=None,
+                 help="Train each objective alone first, at the same budget; kept beside the output for the next time."),
+    click.option("--stop-front", metavar="DIR", help="Stop when no worse than the evaluations of this earlier training."),
+    click.option("--max-tokens", metavar="NUMBER", type=click.IntRange(1), help="Budget in tokens, not steps."),
 )
+JOINT_DATA = options.stack(
+    click.option("--sft-data", metavar="DATA", multiple=True, help="Instruction rows, as --data of train-sft; may be repeated."),
+    click.option("--pref-data", metavar="DATA", multiple=True, help="Preference rows, as --data of train-dpo; may be repeated."),
+    click.option("--sft-columns", metavar="OURS=THEIRS,...", help="Column names of the instruction rows."),
+    click.option("--pref-columns", metavar="OURS=THEIRS,...", help="Column names of the preference rows."),
+    STREAMING,
+    click.option("--sft-eval-data", metavar="DATA", help="Held-out instruction rows."),
+    click.option("--pref-eval-data", metavar="DATA", help="Held-out preference rows."),
+    EVAL_FRACTION,
+)
+
+
+@click.command("train-joint")
+@options.stack(MODEL, JOINT_DATA, options.out_option, JOINT, LOSS, REFERENCE, BETA, L1, L1_HOW, ON, FULL, LAST)
 def train_joint(**given: Any) -> None:
     """Train both objectives in one process, to compare with.
 
+    mix: a weighted sum in each step. sequential: one after the other. alright: a coin picks one. maxright: the one that
+    is farther from its optimum. With held-out rows both objectives are measured ten times; `paft compare` shows them.
+
     \b
-    paft train-joint -m demo --sft-data demo:sft --pref-data demo:pref --lam 0.3
+    paft train-joint -m demo --sft-data demo:sft --pref-data demo:pref \\
+        --method alright --lam 0.3 --eval-fraction 0.1
+    paft train-joint -m demo --sft-data demo:sft --pref-data demo:pref \\
+        --method maxright --estimate-optima --eval-fraction 0.1
     """
-    _train(JointRecipe, "joint", given)
+    given["loss"] = _loss(given["loss"])
+    for key in ("sft_data", "pref_data"):
+        given[key] = _sources(given[key])
+    for key in ("sft_columns", "pref_columns"):
+        given[key] = _columns(given[key])
+    _train(JointRecipe, given["method"] or "joint", given)
 
 
 def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
@@ -158,8 +191,8 @@ def _data(given: dict[str, Any]) -> dict[str, Any]:
     """``--data``, ``--mix`` and ``--columns`` as the recipe writes them."""
     if "data" not in given:
         return {}
-    data, mix, columns = given["data"], given.pop("mix"), given["columns"]
-    said: dict[str, Any] = {"data": (data[0] if len(data) == 1 else list(data)) if data else None}
+    data, mix = given["data"], given.pop("mix")
+    said: dict[str, Any] = {"data": _sources(data), "columns": _columns(given["columns"])}
     if mix is not None:
         try:
             weights = [float(weight) for weight in mix.split(",")]
@@ -168,20 +201,29 @@ def _data(given: dict[str, Any]) -> dict[str, Any]:
         if len(weights) != len(data):
             raise UsageError(f"--mix has {len(weights)} weights for {len(data)} --data", hint="give one weight to each")
         said["data"] = [{"source": source, "weight": weight} for source, weight in zip(data, weights, strict=True)]
-    if columns is not None:
-        pairs = [pair.partition("=") for pair in columns.split(",")]
-        if not all(ours and theirs for ours, _, theirs in pairs):
-            raise UsageError(f"--columns {columns!r} is not ours=theirs,...", hint="for example --columns prompt=question")
-        said["columns"] = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     return said
+
+
+def _sources(data: tuple[str, ...]) -> str | list[str] | None:
+    return (data[0] if len(data) == 1 else list(data)) if data else None
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    """``prompt=question,completion=answer`` as {"prompt": "question", ...}."""
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise UsageError(f"--columns {text!r} is not ours=theirs,...", hint="for example --columns prompt=question")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{count} {name}" for name, count in plan["rows"].items() if count)
     made = "model" if plan["recipe"]["full"] else "adapter"
     left = f"  an unfinished one is there, at step {plan['unfinished']}: --resume finishes it"
-    return [f"would {plan['command']} into {plan['out']}",
-            f"  {plan['steps']} steps of {plan['batch']} rows; the data hold {rows} rows",
+    spent = f"{plan['steps']} steps of {plan['batch']} rows" if plan["steps"] else f"{plan['recipe']['max_tokens']} tokens"
+    return [f"would {plan['command']} into {plan['out']}", f"  {spent}; the data hold {rows.replace('_', ' ')} rows",
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
             f"  about {options.size(plan['memory_bytes'])} of memory, before activations",
             *([f"  reference: {plan['reference']}"] if plan.get("reference") else []),
@@ -191,6 +233,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
 def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
+             "eval_sft_loss": "held-out SFT loss", "eval_dpo_loss": "held-out DPO loss",
+             "eval_pref_accuracy": "preference accuracy", "eval_ideal_distance": "distance to the ideal point",
              "eval_rewards/margins": "margin", "eval_kl": "KL", "l1": "‖δ‖₁", "share_below_1e-5": "share below 1e-5",
              "share_zero": "share exactly zero", "l1_relative": "λ / rms entry gradient"}
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)

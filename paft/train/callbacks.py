@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,13 @@ def collapsing(logs: dict[str, Any]) -> bool:
 
 
 class Watch(TrainerCallback):
-    """Draws progress, appends every log record to ``log`` and raises MismatchError on a NaN or infinite ``eval_loss``."""
+    """Draws progress, appends every log record to ``log`` and raises MismatchError on a NaN or infinite ``eval_loss``.
 
-    def __init__(self, label: str, log: Path, *, quiet: bool = False) -> None:
-        self.label, self.log, self.quiet = label, log, quiet
+    ``told`` says what a record of an evaluation contains beside its losses.
+    """
+
+    def __init__(self, label: str, log: Path, *, quiet: bool = False, told: Callable[[], dict[str, Any]] = dict) -> None:
+        self.label, self.log, self.quiet, self.told = label, log, quiet, told
         self.note = ""
         self.small = 0  # records in a row
         self.warned = False
@@ -52,9 +56,10 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
+        told = self.told() if "eval_loss" in logs else {}
         if state.is_world_process_zero:
             with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logs, **told}) + "\n")
         if not math.isfinite(float(logs.get("eval_loss", 0))):
             raise MismatchError(f"eval_loss is {logs['eval_loss']} at step {state.global_step}: training has diverged",
                                 hint="lower trainer.learning_rate, or look for broken rows in the data")

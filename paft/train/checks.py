@@ -48,8 +48,13 @@ def note_packing(recipe: TrainRecipe, *, quiet: bool = False) -> None:
 
 def check_evaluation(recipe: TrainRecipe, rows: Mapping[str, Sequence[Any]]) -> None:
     """UsageError where the recipe judges by evaluation data and there are none."""
-    if (key := wants_evaluation(recipe)) and not rows.get("eval"):
+    if (key := wants_evaluation(recipe)) and not evaluated(rows):
         raise UsageError(f"{key} needs evaluation data", hint="pass --eval-data, or --eval-fraction 0.1")
+
+
+def evaluated(rows: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
+    """Held-out rows; those of joint training have two names, and are given for both sets or none."""
+    return rows.get("eval") or rows.get("sft_eval") or ()
 
 
 def check_start(recipe: TrainRecipe) -> None:

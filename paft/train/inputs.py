@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from paft.data import Reading, Row, Stream, check_leakage, hold_out, load_rows, open_stream
+from paft.data import Reading, Role, Row, Stream, check_leakage, hold_out, load_rows, open_stream
 from paft.errors import MismatchError, UsageError
 from paft.models import load_tokenizer
 from paft.progress import say
-from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
+from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, Sources, TrainRecipe
 from paft.tokens import boundary_moves
 from paft.train import losses
 from paft.train.rendering import check_rendering
@@ -20,29 +20,38 @@ T = TypeVar("T")
 
 
 def load(recipe: AnyRecipe, quiet: bool = False) -> Rows:
-    """Read and check the recipe's data: train and eval rows, or sft and pref rows for a joint recipe."""
+    """Read and check the recipe's data: train and eval rows; of a joint recipe sft, sft_eval, pref and pref_eval rows."""
     how = Reading(on_bad_row=recipe.on_bad_row, seed=recipe.seed, note=lambda line: say(f"note: {line}", quiet=quiet))
     if isinstance(recipe, JointRecipe):
-        if recipe.eval_fraction:
-            raise UsageError("joint training holds no rows out, so eval_fraction has no use",
-                             hint="score the adapter with `paft eval`")
-        return {"sft": load_rows(require(recipe.sft_data, "--sft-data"), "sft", how=how),
-                "pref": load_rows(require(recipe.pref_data, "--pref-data"), "pref", how=how)}
+        sft, sft_held = _read(recipe, "sft", require(recipe.sft_data, "--sft-data"), recipe.sft_eval_data,
+                              replace(how, columns=recipe.sft_columns))
+        pref, pref_held = _read(recipe, "pref", require(recipe.pref_data, "--pref-data"), recipe.pref_eval_data,
+                                replace(how, columns=recipe.pref_columns))
+        if bool(sft_held) != bool(pref_held):
+            missing = "sft" if pref_held else "pref"
+            raise UsageError("an evaluation measures both objectives, and held-out rows are given for one",
+                             hint=f"pass --{missing}-eval-data too, or --eval-fraction for both")
+        return {"sft": sft, "pref": pref, "sft_eval": sft_held, "pref_eval": pref_held}
     role = losses.role(recipe) if isinstance(recipe, DpoRecipe) else "sft"
-    how = replace(how, columns=recipe.columns)
-    source = require(recipe.data, "--data")
-    held = load_rows(recipe.eval_data, role, how=how) if recipe.eval_data else []
+    train, held = _read(recipe, role, require(recipe.data, "--data"), recipe.eval_data, replace(how, columns=recipe.columns))
+    return {"train": train, "eval": held}
+
+
+def _read(recipe: TrainRecipe, role: Role, source: Sources, eval_source: Sources | None,
+          how: Reading) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, held-out rows) of one data set."""
+    held = load_rows(eval_source, role, how=how) if eval_source else []
     if recipe.streaming:
         if recipe.trainer.get("max_steps", 0) < 1 or (recipe.eval_fraction and not held):
             raise UsageError("a stream has no end that is known: it needs trainer.max_steps, and --eval-data to evaluate",
                              hint="--set trainer.max_steps=1000")
-        return {"train": open_stream(source, role, how, held), "eval": held}
+        return open_stream(source, role, how, held), held
     train = load_rows(source, role, how=how)
     if held:
         check_leakage({"training data": train, "evaluation data": held}, how.note)
     elif recipe.eval_fraction:
         train, held = hold_out(train, recipe.eval_fraction)
-    return {"train": train, "eval": held}
+    return train, held
 
 
 def require(value: T | None, flag: str) -> T:

@@ -1,90 +1,179 @@
-"""One trainer for two objectives: a DPOTrainer that also draws SFT batches and weights both losses by a schedule."""
+"""One trainer for two objectives; a schedule says which of them a step takes.
+
+    step ──> schedule(step, gaps) ──> {"dpo": weight, "sft": weight} ──> batches of these ──> Σ weight·loss ──> one Adam step
+
+One decision an *optimiser* step, whatever the accumulation, the same on every process; each data set cycles on its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import SaveStrategy
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
+from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from paft.data import Row, dataset
-from paft.errors import MismatchError
-from paft.train.options import lora_config, trainer_config
+from paft.data import Row
+from paft.evaluate import Held
+from paft.train import budget, preference
+from paft.train.front import read
+from paft.train.gaps import Gaps
+from paft.train.heldout import HeldOut
+from paft.train.optima import Optima
 from paft.train.penalised import Penalised
-from paft.train.schedules import SCHEDULES, Schedule
+from paft.train.precompute import precompute
+from paft.train.schedules import OBJECTIVES, SCHEDULES, Schedule
+from paft.train.twosets import TwoSets
 
 if TYPE_CHECKING:
     from paft.recipe import JointRecipe
+    from paft.train.reference import Reference
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
+LETTERS = {"dpo": "D", "sft": "S"}
 
 
-class TwoObjectives(DPOTrainer):
-    """DPO's own loop is the clock; each of its micro-batches is paired with one from the SFT loader, which cycles on its own.
-
-    SFT rows are prepared and scored by SFTTrainer's methods, called on this trainer: every attribute that they touch exists
-    here, and DPO's fused-head outputs contain SFT's (kept true by a contract test).
-    """
+class TwoObjectives(TwoSets):
+    """L = Σ_objective weight·loss, the weights by ``schedule``."""
 
     schedule: Schedule
-    sft_batches: Iterator[Any]
+    gaps: Gaps
+    weights: Mapping[str, float]
+    _metrics: Any
+    max_tokens: int | None
+    taken = ""  # the objective of each step so far: D, S, or B for both
+    told_of = 0  # of these, how many an evaluation has told of
+    tokens = 0  # that are no padding, in all batches trained on, over all processes
 
-    def attach(self, rows: list[Row], config: SFTConfig, schedule: Schedule) -> None:
-        """Give the trainer its second data set and its schedule; call once before ``train``."""
-        self.schedule = schedule
-        self.chat_template = None
-        self.completion_only_loss = "completion" in rows[0]
-        processing: Any = self.processing_class
-        prepared: Any = SFTTrainer._prepare_dataset(self, dataset(rows), processing, config, False, None, "sft")  # type: ignore[arg-type]
-        if not len(prepared):
-            raise MismatchError(f"no SFT row has an answer within max_length={config.max_length}",
-                                hint="raise trainer.max_length")
-        size = config.per_device_train_batch_size
-        self.sft_batches = _cycle(DataLoader(
-            prepared.select_columns(["input_ids", "labels"]), batch_size=size, shuffle=True, drop_last=len(prepared) > size,
-            generator=torch.Generator().manual_seed(config.seed),
-            collate_fn=DataCollatorForLanguageModeling(pad_token_id=int(self._tokenizer.pad_token_id)),  # type: ignore[arg-type]
-        ))
+    def follow(self, schedule: Schedule, gaps: Gaps, max_tokens: int | None = None) -> None:
+        """Train by ``schedule``; call once before ``train``."""
+        self.schedule, self.gaps, self.max_tokens = schedule, gaps, max_tokens
+        self.args.max_steps = schedule.steps
+        if max_tokens:
+            self.add_callback(_Spent(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A clock, one pass of which is the whole budget; the batches come from ``self.batches``."""
+        ticks: Any = range(self.schedule.steps * self.args.gradient_accumulation_steps)
+        return DataLoader(ticks, batch_size=1, collate_fn=_tick)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        phases = [length for length in self.schedule.phases if length]
+        if self.lr_scheduler is None and (len(phases) > 1 or self.max_tokens):
+            clock = self._share_spent if len(phases) == 1 else None
+            self.lr_scheduler = budget.scheduler(self.args, optimizer or self.optimizer, phases, clock)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _share_spent(self, step: int) -> float:
+        assert self.max_tokens
+        return self.schedule.steps * min(1.0, self.tokens / self.max_tokens)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return [{"dpo": batch, "sft": next(self.sft_batches)} for batch in batches], None
+        ticks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if step in self.schedule.starts:
+            optimizer: Any = self.optimizer
+            optimizer.optimizer.state.clear()
+        if self.schedule.due(step):
+            self.gaps.see(self._look(len(ticks), device))
+        weights = self.schedule(step, self.gaps.now)
+        self.weights = {name: weights[name] for name in OBJECTIVES if weights.get(name)}
+        drawn = {name: self.batches[name].take(len(ticks)) for name in self.weights}
+        self.items = {name: self._get_num_items_in_batch(batches, device) for name, batches in drawn.items()}
+        self.loss_is_scaled_for_ga = all(self.summed(name, items) for name, items in self.items.items())
+        self.losses: dict[str, list[float]] = {name: [] for name in drawn}
+        self.taken += LETTERS[next(iter(drawn))] if len(drawn) == 1 else "B"
+        count = sum(batch["attention_mask"].sum() for batches in drawn.values() for batch in batches)
+        self.tokens += int(self.accelerator.reduce(count, "sum").item())  # type: ignore[union-attr]
+        return [{name: batches[i] for name, batches in drawn.items()} for i in range(len(ticks))], None
+
+    @torch.no_grad()
+    def _look(self, count: int, device: Any) -> dict[str, float]:
+        """Both losses on the batches that come next, without a graph."""
+        model, found = self.model_wrapped, {}
+        model.eval()
+        for name in OBJECTIVES:
+            batches = self.batches[name].peek(count)
+            items = self._get_num_items_in_batch(batches, device)
+            if name == "dpo":
+                for batch in batches:
+                    self.refer(model, batch)
+            with self.compute_loss_context_manager():
+                losses = torch.stack([self.loss_of(name, model, dict(batch), items) for batch in batches])
+            found[name] = self.accelerator.reduce(losses.sum() if self.summed(name, items) else losses.mean(), "mean").item()  # type: ignore[union-attr]
+        self._metrics["eval"].clear()  # type: ignore[union-attr]  # where the losses have noted themselves
+        model.train()
+        return found
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if "dpo" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses = {"dpo": DPOTrainer.compute_loss, "sft": SFTTrainer.compute_loss}
-        total = torch.zeros((), device=self.accelerator.device)
-        for name, weight in self.schedule(self.state.global_step).items():
-            if weight:
-                loss = losses[name](self, model, inputs[name])  # type: ignore[arg-type]
-                self._metrics["train"][f"{name}_loss"].append(loss.item())
-                total = total + weight * loss
+        steps, total = self.current_gradient_accumulation_steps, torch.zeros((), device=self.accelerator.device)
+        for name, weight in self.weights.items():
+            loss = self.loss_of(name, model, inputs[name], self.items[name])
+            scale = steps if self.summed(name, self.items[name]) else 1
+            mean = self.accelerator.reduce(loss.detach() * scale, "mean").item()  # type: ignore[union-attr]
+            self.losses[name].append(mean)
+            self._metrics["train"][f"{name}_loss"].append(mean)
+            total = total + weight * (loss if self.loss_is_scaled_for_ga else loss * scale)
+        stale = self.schedule.compares and not self.schedule.due(self.state.global_step)
+        if stale and self.accelerator.gradient_state.sync_gradients:
+            self.gaps.see({name: sum(losses) / len(losses) for name, losses in self.losses.items()})
         return total
 
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the trainer's own."""
+        return {"batches": {name: each.taken for name, each in self.batches.items()}, "gaps": self.gaps.now, "taken": self.taken,
+                "told_of": self.told_of, "tokens": self.tokens}
 
-class JointTrainer(Penalised, TwoObjectives):
+    def restore(self, kept: dict[str, Any]) -> None:
+        for name, taken in kept["batches"].items():
+            self.batches[name].go_to(taken)
+        self.gaps.now, self.taken, self.told_of, self.tokens = dict(kept["gaps"]), kept["taken"], kept["told_of"], kept["tokens"]
+
+    def told(self) -> dict[str, Any]:
+        """What an evaluation tells of the steps before it: ``chosen`` are those since the last one."""
+        chosen, self.told_of = self.taken[self.told_of:], len(self.taken)
+        return {"tokens": self.tokens, "dpo_steps": len(self.taken) - self.taken.count("S"),
+                "sft_steps": len(self.taken) - self.taken.count("D"), "chosen": chosen}
+
+
+class JointTrainer(HeldOut, Penalised, TwoObjectives):
     """L = Σ_objective weight·loss + penalty."""
 
 
-def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str) -> Any:
-    """A joint trainer for ``recipe`` on ``rows`` = {"sft": ..., "pref": ...}."""
-    args = trainer_config(DPOConfig, recipe, scratch, learning_rate=5e-5, beta=recipe.beta)
-    args.save_strategy = SaveStrategy.NO  # a checkpoint would not know where the SFT data stand
+class _Spent(TrainerCallback):
+    """Ends the training when the budget of tokens is spent."""
+
+    def __init__(self, trainer: TwoObjectives) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer.max_tokens
+        control.should_training_stop |= self.trainer.tokens >= self.trainer.max_tokens
+
+
+def _tick(found: list[int]) -> dict[str, list[int]]:
+    return {"tick": found}
+
+
+def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str,
+          reference: Reference | None = None, optima: Optima | None = None, *, quiet: bool = False) -> Any:
+    """A joint trainer for ``recipe`` on ``rows`` = {"sft": ..., "pref": ...}, and "sft_eval" and "pref_eval" to evaluate on."""
+    held, optima = Held(rows.get("sft_eval") or [], rows.get("pref_eval") or [], []), optima or Optima()
+    size = recipe.sft_batch_size or recipe.trainer.get("per_device_train_batch_size", 8)
     # Built before the trainer: constructing a config resets accelerate's shared state under a live trainer.
-    sft = SFTConfig(output_dir=scratch, seed=recipe.seed, max_length=args.max_length, bf16=args.bf16, report_to="none",
-                    per_device_train_batch_size=recipe.sft_batch_size or args.per_device_train_batch_size)
-    trainer = JointTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset(rows["pref"]),
-                           peft_config=lora_config(recipe.lora))
-    trainer.recipe = recipe
-    trainer.attach(rows["sft"], sft, SCHEDULES[recipe.method](recipe.lam))
+    config = SFTConfig(output_dir=scratch, seed=recipe.seed, max_length=recipe.trainer.get("max_length", 1024),
+                       report_to="none", bf16=False, per_device_train_batch_size=size)
+    trainer = preference.construct(recipe, model, tokenizer, rows["pref"], held.pref, scratch, reference, kind=JointTrainer,
+                                   learning_rate=2e-5 if recipe.full else 5e-5, **(EVALUATED if held.pref else {}))
+    trainer.eval_dataset = None  # `HeldOut` has the rows of both objectives
+    if held.sft and held.pref:
+        front = read(recipe.stop_front) if recipe.stop_front else None
+        trainer.hold(held, lam=recipe.lam, beta=recipe.beta, optima=optima.held, front=front)
+    precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
+    trainer.attach(rows["sft"], config)
+    schedule = SCHEDULES[recipe.method](recipe, budget.steps(recipe, trainer))
+    trainer.follow(schedule, Gaps(optima.step, recipe.smoothing), recipe.max_tokens)
     return trainer
-
-
-def _cycle(loader: DataLoader) -> Iterator[Any]:
-    while True:
-        yield from loader

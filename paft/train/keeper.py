@@ -46,6 +46,8 @@ class Keeper(TrainerCallback):
         for name, modes in saved["metrics"].items():
             for mode, values in modes.items():
                 getattr(self.trainer, name)[mode] = defaultdict(list, values)
+        if saved["own"]:
+            self.trainer.restore(saved["own"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.passes += 1
@@ -83,7 +85,7 @@ class Keeper(TrainerCallback):
         saved = {"loss": loss,
                  "numbers": {name: getattr(trainer, name) for name in NUMBERS if hasattr(trainer, name)},
                  "metrics": {name: getattr(trainer, name) for name in METRICS if hasattr(trainer, name)},
-                 "wall_s": self.work.wall, "log_bytes": self.work.log.stat().st_size}
+                 "own": getattr(trainer, "kept", dict)(), "wall_s": self.work.wall, "log_bytes": self.work.log.stat().st_size}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         scratch = folder / f"{PROGRESS}.new"
         scratch.write_text(json.dumps(saved))

@@ -23,7 +23,7 @@ from paft.data import Role, Row
 from paft.errors import ResourceError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from paft.recipe import DpoRecipe
+    from paft.recipe import PreferenceRecipe
 
 Options = dict[str, Any]
 
@@ -61,7 +61,7 @@ def families() -> dict[str, Family]:
     return dict([*names, ("orpo", ORPO), ("simpo", CPO)])
 
 
-def family(recipe: DpoRecipe) -> Family:
+def family(recipe: PreferenceRecipe) -> Family:
     """The family that computes all of the recipe's losses; UsageError for an unknown one and for a sum that no trainer has."""
     names, known = list(recipe.loss), families()
     if not names:
@@ -80,7 +80,7 @@ def _summable(known: dict[str, Family]) -> str:
     return "these can: " + ", ".join(name for name, found in known.items() if found.combines)
 
 
-def options(recipe: DpoRecipe) -> Options:
+def options(recipe: PreferenceRecipe) -> Options:
     """The fields of TRL's config that say which loss it is; the recipe's ``trainer`` section comes after them."""
     found, named = family(recipe), recipe.loss
     said: Options = {"beta": recipe.beta}
@@ -93,7 +93,7 @@ def options(recipe: DpoRecipe) -> Options:
     return said
 
 
-def check(recipe: DpoRecipe) -> None:
+def check(recipe: PreferenceRecipe) -> None:
     """UsageError for a loss, or an option of it, that cannot be; loads no model."""
     found = family(recipe)
     for key in ("loss_type", "loss_weights"):
@@ -105,12 +105,12 @@ def check(recipe: DpoRecipe) -> None:
     found.refuse(list(recipe.loss), options(recipe) | recipe.trainer)
 
 
-def role(recipe: DpoRecipe) -> Role:
+def role(recipe: PreferenceRecipe) -> Role:
     """The shape of rows that the recipe's loss reads."""
     return "unpaired" if family(recipe).labelled else "pref"
 
 
-def shaped(recipe: DpoRecipe, rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
+def shaped(recipe: PreferenceRecipe, rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """Rows in the shape that the loss reads; those that a run hands over are pairs."""
     apart = family(recipe).labelled
     return {name: unpair(found) if apart and found and "chosen" in found[0] else found for name, found in rows.items()}

@@ -16,35 +16,42 @@ from paft.train.precompute import precompute
 from paft.train.reference import Reference, attach
 
 if TYPE_CHECKING:
-    from paft.recipe import DpoRecipe
+    from paft.recipe import DpoRecipe, PreferenceRecipe
 
 
 def build(recipe: DpoRecipe, model: Any, tokenizer: Any, rows: list[Row], eval_rows: list[Row], scratch: str,
           reference: Reference | None = None, *, quiet: bool = False) -> Any:
-    """A trainer for ``recipe``; ``peft_config`` (not a PeftModel) makes TRL take the adapter-off model as reference.
+    """A trainer for ``recipe``, ready to train. Raises UsageError for labels that are all alike."""
+    family = losses.family(recipe)
+    if family.labelled:
+        rows, eval_rows = (_shuffled(found, recipe.seed) for found in (rows, eval_rows))
+    trainer = construct(recipe, model, tokenizer, rows, eval_rows, scratch, reference, kind=family.load()[0],
+                        learning_rate=5e-7 if recipe.full else 5e-6)
+    if family.labelled:
+        _check_balance(rows, trainer.args, quiet)
+    if family.reference:
+        precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
+    return trainer
+
+
+def construct(recipe: PreferenceRecipe, model: Any, tokenizer: Any, rows: list[Row], eval_rows: list[Row], scratch: str,
+              reference: Reference | None, *, kind: type, **defaults: Any) -> Any:
+    """A trainer of ``kind`` with its reference; ``peft_config`` (not a PeftModel) makes TRL take the adapter-off model as one.
 
     ``reference`` stands in its place (`paft.train.reference.prepare`). A whole model (``recipe.full``) has no adapter to turn
     off: there TRL loads the base a second time, which leaves again if the reference's log-probabilities are computed first.
-    Raises UsageError for labels that are all alike.
+    ``defaults`` are options of TRL's that the recipe may replace.
     """
     reference = reference or Reference()
-    family = losses.family(recipe)
-    trainer_kind, config = family.load()
-    rate = 5e-7 if recipe.full else 5e-6
-    args: Any = trainer_config(config, recipe, scratch, **{"learning_rate": rate, **losses.options(recipe)})
-    if family.labelled:
-        rows, eval_rows = (_shuffled(found, recipe.seed) for found in (rows, eval_rows))
-        _check_balance(rows, args, quiet)
-    asked = recipe.trainer.get("precompute_ref_log_probs")
+    config = losses.family(recipe).load()[1]
+    args: Any = trainer_config(config, recipe, scratch, **defaults, **losses.options(recipe))
     args.precompute_ref_log_probs = False  # see paft.train.precompute
     second = {"ref_model": load_model(reference.model, dtype=recipe.dtype)} if reference.model else {}
-    make = dense(trainer_kind) if recipe.full else trainer_kind
+    make = dense(kind) if recipe.full else kind
     trainer = make(model=model, args=args, processing_class=tokenizer, train_dataset=dataset(rows),
                    eval_dataset=dataset(eval_rows) if eval_rows else None, peft_config=peft_config(recipe), **second)
     trainer.recipe = recipe
-    if family.reference:
-        attach(trainer, reference)
-        precompute(trainer, asked, quiet=quiet)
+    attach(trainer, reference)
     return trainer
 
 

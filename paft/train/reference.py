@@ -31,7 +31,7 @@ from paft.train import losses
 from paft.train.options import check_options
 
 if TYPE_CHECKING:
-    from paft.recipe import DpoRecipe
+    from paft.recipe import PreferenceRecipe
 
 BASE, CHOSEN = "base", "chosen-sft"
 FOLDER = "reference"
@@ -57,7 +57,7 @@ class Reference:
         return self.record and self.record | {"precomputed": trainer.precompute_ref_logps}
 
 
-def check(recipe: DpoRecipe) -> None:
+def check(recipe: PreferenceRecipe) -> None:
     """UsageError for a reference that the loss does not have, or settings of one that is not asked for; opens no file."""
     if recipe.reference and not losses.family(recipe).reference:
         name = next(iter(recipe.loss))
@@ -73,7 +73,7 @@ def check(recipe: DpoRecipe) -> None:
         check_options(SFTConfig, chosen_sft(recipe).trainer)
 
 
-def check_files(recipe: DpoRecipe) -> None:
+def check_files(recipe: PreferenceRecipe) -> None:
     """Raises NotFoundError, MismatchError or UsageError for a named reference that does not fit the base or its vocabulary."""
     name = _named(recipe)
     if name is None:
@@ -101,7 +101,7 @@ def check_files(recipe: DpoRecipe) -> None:
     _check_vocabulary(name, str(recipe.model))
 
 
-def foretell(recipe: DpoRecipe, out: Path) -> tuple[str | None, int]:
+def foretell(recipe: PreferenceRecipe, out: Path) -> tuple[str | None, int]:
     """(what π_ref will be, in words; bytes of memory that it adds), after `check_files`; None for a loss without one."""
     check_files(recipe)
     if not losses.family(recipe).reference:
@@ -116,7 +116,7 @@ def foretell(recipe: DpoRecipe, out: Path) -> tuple[str | None, int]:
     return f"the model {name}, a second one in memory", 4 * parameters(directory)
 
 
-def prepare(recipe: DpoRecipe, rows: Rows, out: Path, scratch: Path, train: Callable[..., Any]) -> Reference:
+def prepare(recipe: PreferenceRecipe, rows: Rows, out: Path, scratch: Path, train: Callable[..., Any]) -> Reference:
     """The recipe's reference; ``chosen-sft`` is trained first, under ``out``/reference, by ``train`` (`paft.train.stage.train`).
 
     An adapter is a change of the base. With ``recipe.on`` the start model has another one folded in, so that what is laid on it
@@ -144,13 +144,13 @@ def prepare(recipe: DpoRecipe, rows: Rows, out: Path, scratch: Path, train: Call
     return Reference(adapter=path, record=record)
 
 
-def named_hash(recipe: DpoRecipe) -> str | None:
+def named_hash(recipe: PreferenceRecipe) -> str | None:
     """The content of a reference that is named by path or hub id; None for one that follows from the recipe."""
     name = _named(recipe)
     return provenance.content_hash(_directory(name)) if name else None
 
 
-def chosen_sft(recipe: DpoRecipe) -> SftRecipe:
+def chosen_sft(recipe: PreferenceRecipe) -> SftRecipe:
     """The SFT of ``chosen-sft``: same base, LoRA (or none), seed, length and batches; ``reference_sft`` are further fields."""
     shared = {key: recipe.trainer[key] for key in SHARED if key in recipe.trainer}
     return SftRecipe(model=recipe.model, on=recipe.on, full=recipe.full, dtype=recipe.dtype, quantize=recipe.quantize,
@@ -187,7 +187,7 @@ def attach(trainer: Any, reference: Reference) -> None:
             module.lora_dropout["ref"] = Identity()
 
 
-def _named(recipe: DpoRecipe) -> str | None:
+def _named(recipe: PreferenceRecipe) -> str | None:
     """The reference where it is named by path or hub id, and is not the start model itself."""
     if recipe.reference in (None, BASE, CHOSEN):
         return None
@@ -220,7 +220,7 @@ def _check_vocabulary(name: str, policy: str) -> None:
                                 hint="take a reference with the tokenizer of --model")
 
 
-def _trained(recipe: DpoRecipe, rows: Rows, target: Path, train: Callable[..., Any]) -> Path:
+def _trained(recipe: PreferenceRecipe, rows: Rows, target: Path, train: Callable[..., Any]) -> Path:
     """The adapter of `chosen_sft`; one that stands there already, from the same recipe and rows, is kept."""
     sft = chosen_sft(recipe)
     answers = {name: chosen_rows(found) for name, found in rows.items()}

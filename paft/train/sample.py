@@ -17,7 +17,7 @@ def show_sample(recipe: AnyRecipe, *, quiet: bool = False) -> dict[str, Any]:
     """
     rows = load(recipe, quiet)
     tokenizer = tokenizer_for(recipe, rows, quiet)
-    first = {name: found[:1] for name, found in rows.items() if found and name != "eval"}
+    first = {name: found[:1] for name, found in rows.items() if found and not name.endswith("eval")}
     samples = [_sample(tokenizer, name, sequence)
                for name, found in first.items() for sequence in render(tokenizer, found, recipe)[0]]
     return {"command": recipe.kind, "rows": {name: len(found) for name, found in rows.items()}, "samples": samples}

@@ -10,8 +10,13 @@ An objective that is not named, or has weight 0, is not computed in that step.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paft.recipe import JointRecipe
 
 Weights = dict[str, float]
 OBJECTIVES = ("dpo", "sft")
@@ -38,6 +43,11 @@ class Schedule:
     def phases(self) -> tuple[int, ...]:
         """Steps of each phase that starts with a fresh optimiser and a learning-rate schedule of its own."""
         return (self.steps,)
+
+    @property
+    def starts(self) -> set[int]:
+        """The steps at which a phase follows another one."""
+        return {start for start in accumulate(self.phases) if 0 < start < self.steps}
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Sequential(Schedule):
 
 @dataclass(frozen=True)
 class Alright(Schedule):
-    """Algorithm 2: DPO with probability λ, else SFT. The coin of a step follows from (seed, step): every process throws the same."""
+    """Algorithm 2: DPO with probability λ, else SFT. A step's coin follows from (seed, step): every process throws the same."""
 
     seed: int = 0
 
@@ -89,7 +99,7 @@ class Alright(Schedule):
 class Maxright(Schedule):
     """Algorithms 3 (``every`` = 1) and 4: the larger of λ·(f_DPO - f*_DPO) and (1-λ)·(f_SFT - f*_SFT); DPO where they are equal.
 
-    Both are evaluated at t = 1 and where t mod k = 0, k = ``every``; in between the gap of the objective taken is that of its step.
+    Both are evaluated at t = 1 and where t mod k = 0, k = ``every``; in between the gap of what was taken is that of its step.
     """
 
     every: int = 10
@@ -100,3 +110,11 @@ class Maxright(Schedule):
 
     def due(self, step: int) -> bool:
         return step == 0 or (step + 1) % self.every == 0
+
+
+SCHEDULES: dict[str, Callable[[JointRecipe, int], Schedule]] = {
+    "mix": lambda recipe, steps: Mix(recipe.lam, steps),
+    "sequential": lambda recipe, steps: Sequential(recipe.lam, steps, recipe.order.split("-")[0]),
+    "alright": lambda recipe, steps: Alright(recipe.lam, steps, recipe.seed),
+    "maxright": lambda recipe, steps: Maxright(recipe.lam, steps, recipe.max_eval_steps),
+}

@@ -20,13 +20,24 @@ from paft.models import linear_names, load_model, parameters, resolve_base, skel
 from paft.placement import place
 from paft.progress import say
 from paft.provenance import check_target, tensor_files
-from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
-from paft.train import artefact, losses, reference, work
-from paft.train.checks import check_evaluation, check_names, check_start, fitted, keep_reports_quiet, note_dora, note_packing
+from paft.recipe import DpoRecipe, JointRecipe, PreferenceRecipe, SftRecipe
+from paft.train import artefact, budget, losses, optima, reference, work
+from paft.train.checks import (
+    check_evaluation,
+    check_names,
+    check_start,
+    evaluated,
+    fitted,
+    keep_reports_quiet,
+    note_dora,
+    note_packing,
+)
 from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.interleave import Seat, TakeTurns, twin
 from paft.train.l1 import lora_factors, nonlinear_layers
+from paft.train.metrics import final
+from paft.train.optima import Optima
 from paft.train.options import check_options, check_penalty, lora_config, trainer_config
 from paft.train.rendering import template_errors
 
@@ -43,7 +54,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     check_evaluation(recipe, rows)
     base = resolve_base(require(recipe.model, "--model"))
     _start(recipe)
-    held, more = reference.foretell(recipe, out) if isinstance(recipe, DpoRecipe) else (None, 0)
+    held, more = reference.foretell(recipe, out) if isinstance(recipe, PreferenceRecipe) else (None, 0)
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
     tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
@@ -51,7 +62,8 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = _steps(args, len(rows["pref" if "pref" in rows else "train"]))
+    joint = isinstance(recipe, JointRecipe)
+    steps = budget.foreseen(recipe, args, rows) if joint else _steps(args, len(rows["train"]))
     return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
             "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
@@ -112,7 +124,6 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     process calls this; the first one writes. With a ``seat`` it takes turns over one base (`paft.train.interleave`).
     """
     quiet = quiet or not work.leads()
-    _check_joint(recipe, resume)
     if not resume:
         check_target(out, overwrite=overwrite)
     check_trainer(recipe)
@@ -127,21 +138,23 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_target(out, overwrite=overwrite)
     with (work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running,
           tempfile.TemporaryDirectory() as scratch):
-        held = None
+        held, best, again = None, Optima(), partial(train, resume=resume, quiet=quiet)
+        if isinstance(recipe, PreferenceRecipe):
+            held = reference.prepare(recipe, _pairs(rows), running.directory, Path(scratch), again)
         if isinstance(recipe, DpoRecipe):
-            again = partial(train, resume=resume, quiet=quiet)
-            held = reference.prepare(recipe, rows, running.directory, Path(scratch), again)
             rows = losses.shaped(recipe, rows)
+        if isinstance(recipe, JointRecipe):
+            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet))
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
-        trainer = _build(fit, rows, str(running.directory), held, quiet, seat)
+        trainer = _build(fit, rows, str(running.directory), held, best, quiet, seat)
         note_packing(recipe, quiet=quiet)
         note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
         count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
         _run(trainer, label or out.name, running, quiet, seat)
-        metrics = _metrics(trainer, bool(rows.get("eval")))
+        metrics = final(trainer, evaluate=bool(evaluated(rows)))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
-                "reference": held.of(trainer) if held else None}
+                "reference": held.of(trainer) if held else None, "optima": best.record}
         state = artefact.state_of(trainer.model)
         if work.leads():
             told = artefact.write(trainer, recipe, on, out, running, told, state=state, overwrite=overwrite)
@@ -149,39 +162,36 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         return told
 
 
-def _check_joint(recipe: AnyRecipe, resume: bool) -> None:
-    if isinstance(recipe, JointRecipe) and recipe.full:
-        raise UsageError("train-joint trains an adapter only", hint="leave --full out")
-    if isinstance(recipe, JointRecipe) and resume:
-        raise UsageError("train-joint cannot be resumed: where its SFT data stood is not kept", hint="leave --resume out")
-
-
 def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
     """What a training is, before its first step: `paft.json` repeats it, and a resumed training must have it in common."""
     return {"command": recipe.kind, "recipe": recipe.model_dump(), "seed": recipe.seed, "base": artefact.base(recipe),
             "inputs": {name: content_hash(found) for name, found in rows.items() if found},
-            "reference_sha256": reference.named_hash(recipe) if isinstance(recipe, DpoRecipe) else None}
+            "reference_sha256": reference.named_hash(recipe) if isinstance(recipe, PreferenceRecipe) else None}
+
+
+def _pairs(rows: Rows) -> Rows:
+    """The preference rows, by the names of a training on them alone."""
+    return {"train": rows["pref"], "eval": rows.get("pref_eval", [])} if "pref" in rows else rows
 
 
 def _config_kind(recipe: AnyRecipe) -> Any:
-    from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
-    if isinstance(recipe, DpoRecipe):
-        return losses.family(recipe).load()[1]
-    return SFTConfig if isinstance(recipe, SftRecipe) else DPOConfig
+    return losses.family(recipe).load()[1] if isinstance(recipe, PreferenceRecipe) else SFTConfig
 
 
 def check_trainer(recipe: AnyRecipe) -> None:
     """UsageError for a loss, a reference, an L1 term or a ``trainer`` option that cannot be; loads no model."""
-    if isinstance(recipe, DpoRecipe):
+    if isinstance(recipe, PreferenceRecipe):
         losses.check(recipe)
         reference.check(recipe)
+    if isinstance(recipe, JointRecipe):
+        optima.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
     check_penalty(recipe)
 
 
-def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, quiet: bool,
+def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Reference | None, best: Optima, quiet: bool,
            seat: Seat | None) -> Any:
     from transformers import set_seed
 
@@ -193,8 +203,8 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
     tokenizer = tokenizer_for(recipe, rows, quiet)
     with _usage(), template_errors(), _named_targets(recipe, twin(seat.base) if seat else start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
-            return joint.build(recipe, model, tokenizer, rows, scratch)
-        if isinstance(recipe, DpoRecipe):
+            trainer = joint.build(recipe, model, tokenizer, rows, scratch, held, best, quiet=quiet)
+        elif isinstance(recipe, DpoRecipe):
             trainer = preference.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch, held, quiet=quiet)
         else:
             trainer = sft.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch)
@@ -242,7 +252,8 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool, seat: Seat |
     if stopping := trainer.recipe.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(stopping.patience, stopping.threshold))
     trainer.add_callback(Keeper(trainer, running))
-    trainer.add_callback(Watch(label, running.log, quiet=quiet))
+    trainer.add_callback(Watch(label, running.log, quiet=quiet, told=getattr(trainer, "told", dict)))
+    trainer.args.eval_on_start &= running.checkpoint is None  # `Trainer` would evaluate again where it goes on
     if seat:
         trainer.add_callback(TakeTurns(seat.turn))
     if trainer.args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
@@ -252,23 +263,6 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool, seat: Seat |
     running.join()
     with _usage(lambda: trainer.state.global_step == 0):
         trainer.train(resume_from_checkpoint=str(running.checkpoint) if running.checkpoint else None)
-
-
-def _metrics(trainer: Any, evaluate: bool) -> dict[str, float]:
-    """The last logged losses, the L1 term as it ended and, with evaluation data, all that TRL measures on them (unpenalised)."""
-    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "kl")
-    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
-    last: dict[str, float] = {}
-    for record in trainer.state.log_history:
-        last.update({key: record[key] for key in wanted if key in record})
-    last.update(trainer.sparsity())
-    if evaluate:
-        held = trainer.evaluate()
-        last.update({key: value for key, value in held.items() if key.startswith("eval_") and key not in speed})
-    last["steps"] = trainer.state.global_step
-    if trainer.args.load_best_model_at_end:
-        last["best_step"] = trainer.state.best_global_step
-    return {key: float(f"{value:.6g}") for key, value in last.items() if math.isfinite(float(value))}
 
 
 def _start(recipe: AnyRecipe) -> Adapter | None:

@@ -30,7 +30,8 @@ from paft.provenance import MANIFEST, make_parent, read_manifest, versions
 
 BEGUN = "begun.json"
 PROGRESS = "progress.json"  # the last file of a checkpoint that is written: without it the checkpoint is not whole
-PLACES = ("model", "on", "data", "eval_data", "sft_data", "pref_data")  # of files, which are compared by content
+# Of files, which are compared by content.
+PLACES = ("model", "on", "data", "eval_data", "sft_data", "pref_data", "sft_eval_data", "pref_eval_data")
 
 
 def leads() -> bool:

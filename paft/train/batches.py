@@ -1,0 +1,70 @@
+"""The batches of one objective, pass after pass over its rows, with a place that a checkpoint can keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import skip_first_batches
+from transformers.trainer_utils import has_length
+
+
+class Batches:
+    """Cycles over ``loader`` on its own. ``taken`` batches were used; batches that were only looked at come again.
+
+    A pass begins as `Trainer` begins an epoch, so that the batches are those of a trainer that has this objective alone.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.go_to(0)
+
+    def __len__(self) -> int:
+        """Batches in a pass; 0 where that is not known."""
+        return len(self.loader) if has_length(self.loader) else 0
+
+    def peek(self, count: int) -> list[Any]:
+        """The next ``count`` batches, which stay where they are."""
+        while len(self._held) < count:
+            self._held.append(next(self._coming))
+        return self._held[:count]
+
+    def take(self, count: int) -> list[Any]:
+        """The next ``count`` batches."""
+        found = self.peek(count)
+        del self._held[:count]
+        self.taken += count
+        return found
+
+    def go_to(self, taken: int) -> None:
+        """Go on as if ``taken`` batches had been used."""
+        self.taken = taken
+        self._held: list[Any] = []
+        self._coming = self._from(taken)
+
+    def _from(self, taken: int) -> Iterator[Any]:
+        done, skip = divmod(taken, len(self)) if len(self) else (0, 0)
+        unknown = 0 if len(self) else taken  # of rows that cannot be counted, those that were used are read again
+        while True:
+            for batch in self._pass(done, skip):
+                if unknown:
+                    unknown -= 1
+                else:
+                    yield batch
+            done, skip = done + 1, 0
+
+    def _pass(self, number: int, skip: int) -> Iterator[Any]:
+        _set_epoch(self.loader, number)
+        loader = self.loader
+        if skip:
+            loader = skip_first_batches(loader, skip)
+            _set_epoch(loader, number)
+        yield from loader
+
+
+def _set_epoch(loader: Any, number: int) -> None:
+    """As `Trainer` does: accelerate does not hand it on to a batch sampler that is sharded over processes."""
+    each: Any
+    for each in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(number)
