@@ -17,6 +17,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 
 from paft.train.gaps import Gaps
@@ -35,7 +36,7 @@ class Objective:
     offset: float = 0.0
 
     def margin(self, theta: Point) -> float:
-        return sum([a * b for a, b in zip(self.slope, theta, strict=True)]) - self.offset
+        return sum(map(mul, self.slope, theta)) - self.offset
 
     def value(self, theta: Point) -> float:
         margin = self.margin(theta)
@@ -83,10 +84,10 @@ def train(
     return path
 
 
-def reference(chosen: Point, rejected: Point) -> Point:
+def reference(chosen: Point, rejected: Point, steps: int = REFERENCE_STEPS) -> Point:
     """θ_ref: the start, trained on {(x_1, y_w)}."""
     objective, theta = sft(chosen, rejected), START
-    for _ in range(REFERENCE_STEPS):
+    for _ in range(steps):
         theta = descend(theta, [(1.0, objective.gradient(theta))], LR, DECAY)
     return theta
 
