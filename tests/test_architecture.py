@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "paft"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-SIZED = [file for room in ("paft", "tests", "benchmarks") for file in sorted((ROOT / room).rglob("*.py"))]
+SIZED = [file for room in ("paft", "tests", "benchmarks", "examples") for file in sorted((ROOT / room).rglob("*.py"))]
 
 MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 50, 150
 
