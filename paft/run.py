@@ -32,6 +32,7 @@ from paft.runplan import check, stage_recipe
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.reference import named_hash
 from paft.train.stage import start_model, train
+from paft.train.work import PLACES
 
 Rows = dict[str, list[data.Row]]
 
@@ -146,7 +147,7 @@ def _is_done(job: Run, name: str) -> bool:
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe without the paths that only say where things lie; their content is compared by hash."""
-    return {key: value for key, value in recipe.items() if key not in ("model", "on", "data", "sft_data", "pref_data")}
+    return {key: value for key, value in recipe.items() if key not in PLACES}
 
 
 def _train_all(job: Run) -> None:
@@ -174,7 +175,7 @@ def _train_all(job: Run) -> None:
 def _train_one(job: Run, name: str, seat: Seat | None = None) -> dict[str, Any]:
     objective = job.recipe.train[name].objective
     return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, objective), overwrite=True,
-                 resume=job.resume and objective != "joint", quiet=job.quiet or job.workers > 1, label=name, seat=seat)
+                 resume=job.resume, quiet=job.quiet or job.workers > 1, label=name, seat=seat)
 
 
 def _train_seated(job: Run, name: str, base: Any, turn: Turn) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from paft.delta import FullDelta
 from paft.errors import MismatchError, UsageError
 from paft.merge.engine import merge
 from paft.provenance import content_hash, verify
-from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
+from paft.recipe import DpoRecipe, SftRecipe
 from paft.train import dense
 from paft.train.dense import Start
 from paft.train.stage import plan, train
@@ -153,7 +153,6 @@ def test_the_plan_counts_every_weight(tiny_base: Path, tmp_path: Path) -> None:
 def test_what_does_not_go_with_it(tiny_base: Path, make_adapter: Any, tmp_path: Path) -> None:
     on = recipe(tiny_base, on=str(make_adapter(tiny_base, 1)))
     assert "full does not go with --on" in refused(UsageError, on, tmp_path / "a", SFT_ROWS, exit_code=2).message
-    refused(UsageError, JointRecipe(model=str(tiny_base), full=True), tmp_path / "a", SFT_ROWS, exit_code=2)
     for fields in ({"l1": 1e-4, "l1_solver": "proximal"}, {"l1_target_sparsity": 0.5}):
         refused(UsageError, recipe(tiny_base, **fields), tmp_path / "a", SFT_ROWS, exit_code=2)
     diverged = recipe(tiny_base, trainer={"max_steps": 1, "learning_rate": float("inf")})

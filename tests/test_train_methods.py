@@ -65,10 +65,10 @@ ALGORITHMS = {"3": (1, algorithm_3), "4 at k = 1": (1, partial(algorithm_4, k=1)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_maxright_is_its_algorithm_step_by_step(name: str, tiny_base: Path, tmp_path: Path) -> None:
     k, algorithm = ALGORITHMS[name]
-    fields: dict[str, Any] = {"method": "maxright", "lam": 0.6, "max_eval_steps": k, "optima": Optima(BEST), "trainer": OPTIONS}
+    fields: dict[str, Any] = {"method": "maxright", "lam": 0.5, "max_eval_steps": k, "optima": Optima(BEST), "trainer": OPTIONS}
     ours, hand = (start_away_from_zero(joint_trainer(tiny_base, tmp_path, rows=16, **fields)) for _ in range(2))
     ours.train()
-    taken = walked(hand, algorithm(0.6))
+    taken = walked(hand, algorithm(0.5))
     assert ours.taken == taken
     assert 2 < taken.count("D") < STEPS - 2  # both were taken, so that there was something to decide
     assert distance(factors(ours), factors(hand)) < 1e-6

@@ -279,6 +279,6 @@ def test_the_plan_of_each_kind(tiny_base: Path, tmp_path: Path) -> None:
     sft, pref = write_rows(tmp_path / "s.jsonl", sft_rows(20)), write_rows(tmp_path / "p.jsonl", pref_rows(24))
     assert plan(DpoRecipe(model=str(tiny_base), data=pref, eval_fraction=0.3), tmp_path / "a")["rows"].keys() == {"train", "eval"}
     joint = plan(JointRecipe(model=str(tiny_base), sft_data=sft, pref_data=pref), tmp_path / "a")
-    assert (joint["rows"], joint["steps"], joint["batch"]) == ({"sft": 20, "pref": 24}, 3, 8)
+    assert (joint["rows"], joint["steps"], joint["batch"]) == ({"sft": 20, "pref": 24, "sft_eval": 0, "pref_eval": 0}, 3, 8)
     with pytest.raises(UsageError, match="learning_rte"):
         plan(JointRecipe(model=str(tiny_base), sft_data=sft, pref_data=pref, trainer={"learning_rte": 1}), tmp_path / "a")

@@ -13,8 +13,7 @@ from test_train_stage import write_rows
 from trainkit import sft_rows
 
 from paft.cli import invoke
-from paft.errors import MismatchError, ResourceError, UsageError
-from paft.recipe import JointRecipe
+from paft.errors import MismatchError, ResourceError
 from paft.train import stage, work
 from paft.train.stage import plan, train
 
@@ -112,11 +111,6 @@ def test_two_processes_do_not_train_into_one_place(tiny_base: Path, tmp_path: Pa
         with pytest.raises(MismatchError, match="another process is training"):
             train(made, tmp_path / "a", rows=SFT_ROWS, overwrite=True, quiet=True)
         assert (tmp_path / "a.partial" / work.BEGUN).exists()
-
-
-def test_joint_training_refuses_to_resume(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="train-joint cannot be resumed"):
-        train(JointRecipe(model=str(tiny_base)), tmp_path / "a", resume=True)
 
 
 @pytest.mark.parametrize("saves", [1, 500])

@@ -37,7 +37,7 @@ def parameters(function: Any) -> list[str]:
         (
             SFTTrainer._prepare_dataset,
             ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"],
-            "TwoObjectives.attach calls it by position",
+            "TwoSets.attach calls it by position",
         ),
         (
             Trainer.get_batch_samples,
@@ -121,14 +121,14 @@ def test_a_dpo_trainer_has_all_that_sfts_methods_read(function: Any, tiny_base: 
     trainer = joint_trainer(tiny_base, tmp_path)
     later = {"current_gradient_accumulation_steps"}  # set by the loop of every Trainer, see above
     missing = {name for name in attributes_of_self(function) - later if not hasattr(trainer, name)}
-    assert not missing, f"TwoObjectives calls SFTTrainer.{function.__name__} on a DPOTrainer: give it {missing} in attach"
+    assert not missing, f"TwoSets calls SFTTrainer.{function.__name__} on a DPOTrainer: give it {missing} in attach"
 
 
 def test_a_dpo_model_returns_what_sfts_loss_reads(tiny_base: Path, tmp_path: Path) -> None:
     trainer = joint_trainer(tiny_base, tmp_path)
-    outputs = trainer.model(**next(trainer.sft_batches), fused_lm_head=True)
+    outputs = trainer.model(**trainer.batches["sft"].peek(1)[0], fused_lm_head=True)
     missing = {name for name in ("log_probs", "label_mask", "entropy", "is_top1") if getattr(outputs, name, None) is None}
-    assert not missing, "TwoObjectives.compute_loss: SFTTrainer.compute_loss on DPO's patched model"
+    assert not missing, "TwoSets.loss_of: SFTTrainer.compute_loss on DPO's patched model"
     assert "dft" not in trainer.args.loss_type and trainer.args.loss_type != "dft", "SFT's loss reads DPO's args.loss_type"
 
 

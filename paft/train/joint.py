@@ -41,7 +41,6 @@ class TwoObjectives(TwoSets):
     schedule: Schedule
     gaps: Gaps
     weights: Mapping[str, float]
-    _metrics: Any
     max_tokens: int | None
     taken = ""  # the objective of each step so far: D, S, or B for both
     told_of = 0  # of these, how many an evaluation has told of
@@ -93,7 +92,8 @@ class TwoObjectives(TwoSets):
     @torch.no_grad()
     def _look(self, count: int, device: Any) -> dict[str, float]:
         """Both losses on the batches that come next, without a graph."""
-        model, found = self.model_wrapped, {}
+        model: Any = self.model_wrapped
+        found = {}
         model.eval()
         for name in OBJECTIVES:
             batches = self.batches[name].peek(count)
@@ -104,7 +104,7 @@ class TwoObjectives(TwoSets):
             with self.compute_loss_context_manager():
                 losses = torch.stack([self.loss_of(name, model, dict(batch), items) for batch in batches])
             found[name] = self.accelerator.reduce(losses.sum() if self.summed(name, items) else losses.mean(), "mean").item()  # type: ignore[union-attr]
-        self._metrics["eval"].clear()  # type: ignore[union-attr]  # where the losses have noted themselves
+        self._metrics["eval"].clear()  # where they have noted themselves
         model.train()
         return found
 

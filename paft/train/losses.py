@@ -105,6 +105,14 @@ def check(recipe: PreferenceRecipe) -> None:
     found.refuse(list(recipe.loss), options(recipe) | recipe.trainer)
 
 
+def check_pairs(recipe: PreferenceRecipe) -> None:
+    """UsageError for a loss that DPO's trainer, which joint training is built on, does not have."""
+    if not family(recipe).combines:
+        name = next(iter(recipe.loss))
+        raise UsageError(f"loss {name} is none of pairs with a reference, which joint training takes",
+                         hint=f"`paft train-dpo --loss {name}`, or here " + _summable(families()).removeprefix("these can: "))
+
+
 def role(recipe: PreferenceRecipe) -> Role:
     """The shape of rows that the recipe's loss reads."""
     return "unpaired" if family(recipe).labelled else "pref"

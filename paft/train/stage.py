@@ -186,6 +186,7 @@ def check_trainer(recipe: AnyRecipe) -> None:
         losses.check(recipe)
         reference.check(recipe)
     if isinstance(recipe, JointRecipe):
+        losses.check_pairs(recipe)
         optima.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
     check_penalty(recipe)
