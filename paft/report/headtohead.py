@@ -7,7 +7,7 @@ value of each held-out loss in this table. It needs no generation and no judge, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,12 @@ def ideal_distances(scores: Mapping[str, Score]) -> dict[str, float]:
         return {}
     best = [min(pair[i] for pair in both.values()) for i in (0, 1)]
     return {name: math.dist(pair, best) for name, pair in both.items()}
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The Pareto front of pairs of losses, sorted: those than which no other is at least as low in both."""
+    unique = set(points)
+    return sorted(one for one in unique if not any(two[0] <= one[0] and two[1] <= one[1] for two in unique - {one}))
 
 
 def group_of(name: str, recipe: RunRecipe) -> str:

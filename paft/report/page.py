@@ -9,6 +9,7 @@ from pathlib import Path
 from paft.report.interference import Interference
 from paft.report.render import Column, Row
 from paft.report.sparsity import SparsityReport
+from paft.report.trainings import Group
 
 STYLE = """
 :root { color-scheme: light; }
@@ -33,6 +34,8 @@ _LAYERS = ("The share below the threshold, by layer (Figure 2 of the PAFT paper)
 _PLACE = ("Rescaling moves a curve sideways without changing its shape; the threshold stands still. That is how a learning rate "
           "makes any share.")
 _MAP = "Layer by module. The left side depends on the scale, the right side does not."
+_WAYS = ("Each marker is an evaluation on held-out rows; the large one is the end, the star the ideal point. Below, the "
+         "objective that each step has taken, and what it cost.")
 _CLASH = "By layer, beside what two unrelated updates of this size and rank would show (dashed)."
 
 
@@ -66,6 +69,17 @@ def interference_page(found: Sequence[Interference], path: Path, said: Sequence[
         for by in ("layer", "module", "tensor"):
             parts.append(_folded(f"{' and '.join(pair.names)}, by {by}", _table(*breakdown(pair, by), legend=True)))
     return _write(path, f"Interference of {'; '.join(' and '.join(pair.names) for pair in found)}", parts)
+
+
+def training_page(groups: Sequence[Group], path: Path, said: Sequence[str]) -> Path:
+    """Compared trainings as a page; ``said`` are the sentences."""
+    from paft.report.maps import as_svg
+    from paft.report.training_tables import summary
+    from paft.report.trajectory import training_figure
+
+    parts = [_list(said), _section("Measures", _table(*summary(groups), legend=True)),
+             _figure(as_svg(training_figure(groups), "trainings"), _WAYS)]
+    return _write(path, f"Comparison of {', '.join(group.label for group in groups)}", parts)
 
 
 def _write(path: Path, title: str, parts: Sequence[str]) -> Path:

@@ -108,7 +108,7 @@ def tradeoff_figure(
     if len(members) > 1:
         legend(figure, entries)
     colors = [PALETTE[members.index(point.get(groups) if groups else None) % len(PALETTE)] for point in drawn]
-    _label(figure, axes, [(str(point["name"]), float(point[x]), float(point[y])) for point in drawn], colors)
+    label_points(figure, axes, [(str(point["name"]), float(point[x]), float(point[y])) for point in drawn], colors)
     return save(figure, path)
 
 
@@ -151,7 +151,7 @@ def titles(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel, fontsize=12, color=_INK)
 
 
-def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]], colors: Sequence[str]) -> None:
+def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]], colors: Sequence[str]) -> None:
     """Write each name where `place` puts it; one that had to move away gets a thin line to its point."""
     figure.draw_without_rendering()
     unit = figure.dpi / 72

@@ -1,0 +1,150 @@
+"""Figures in the objective space: the ways of trainings and where methods end, with the front, the ideal point and the costs.
+
+What Figures 3, 4, 7 and 8 of ALRIGHT / MAXRIGHT (arXiv 2410.15483) show: trajectories of (f_SFT, f_DPO) on held-out rows, one
+marker an evaluation, and bars of ideal distance, runtime and memory. A strip shows which objective each step has taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from paft.report.headtohead import front
+from paft.report.plots import MARKERS, PALETTE, legend, plain, shorten, titles
+from paft.report.trainings import Group, Point
+
+_INK, _GRID, _STAR = "#333333", "#e4e4e4", "#E6B800"
+_TAKEN = {"D": ("DPO", "#333333"), "S": ("SFT", "#d9d9d9"), "B": ("both", "#8c8c8c")}
+_BARS = (("ideal", "ideal distance (nats)", ""), ("seconds", "training time (s)", "runtime_pct"),
+         ("memory_mb", "peak memory (MB)", "memory_pct"))
+_WIDE = 12.0  # largest over smallest loss from which an axis is logarithmic
+
+
+def training_figure(groups: Sequence[Group]) -> Figure:
+    """The trajectories, the objective of each step, and the costs, one colour a row of the table."""
+    strips = [(group.label, group.members[0].chosen) for group in groups if group.members[0].chosen]
+    drawn = [group for group in groups if any(one.points for one in group.members)]
+    rows = [5.2 if drawn else 0.0, 0.5 + 0.26 * len(strips) if strips else 0.0, 0.8 + 0.3 * len(groups)]
+    figure = Figure(figsize=(8.0, sum(rows) + 1.1), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr]
+    parts = iter(figure.add_gridspec(sum(map(bool, rows)), 1, height_ratios=[row for row in rows if row]))
+    entries: list[tuple[Artist, str]] = []
+    if drawn:
+        entries = _trajectories(_axes(figure, next(parts)), groups)
+    if strips:
+        _strip(_axes(figure, next(parts)), strips)
+    styles = [(group.label, group.row, PALETTE[index % len(PALETTE)]) for index, group in enumerate(groups)]
+    _bars(figure, next(parts), styles)
+    if entries:
+        legend(figure, entries)
+    return figure
+
+
+def _axes(figure: Figure, part: Any) -> Axes:
+    axes = figure.add_subplot(part)
+    plain(axes)
+    return axes
+
+
+def _trajectories(axes: Axes, groups: Sequence[Group]) -> list[tuple[Artist, str]]:
+    entries: list[tuple[Artist, str]] = []
+    for index, group in enumerate(groups):
+        color, marker = PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
+        for one in (one for one in group.members if one.points):
+            x, y = zip(*one.points, strict=True)
+            way = axes.plot(x, y, color=color, lw=1.3, alpha=0.6, marker=marker, ms=4, mec="none", zorder=3)[0]
+            axes.plot(x[:1], y[:1], color="white", marker="o", ms=8, mec=_INK, mew=1.2, ls="none", zorder=4)
+            if one.last:
+                way = axes.plot(*one.last, color=color, marker=marker, ms=10, mec=_INK, mew=1, ls="none", zorder=5)[0]
+        if any(one.points for one in group.members):
+            entries.append((way, shorten(group.label, 24)))
+    ends = [one.last for group in groups for one in group.members if one.last]
+    ideals = {(aim.sft, aim.dpo) for group in groups for aim in group.aims if aim}
+    every = [point for group in groups for one in group.members for point in one.points] + list(ideals)
+    entries += [(axes.plot([], [], color="white", marker="o", ms=8, mec=_INK, mew=1.2, ls="none")[0], "start"),
+                *_front_and_ideal(axes, ends, ideals)]
+    _scale(axes, every)
+    titles(axes, "Training trajectories", "held-out SFT loss (nats a token)", "held-out DPO loss (nats)")
+    return entries
+
+
+def _front_and_ideal(axes: Axes, ends: Sequence[Point], ideals: set[Point]) -> list[tuple[Artist, str]]:
+    found: list[tuple[Artist, str]] = []
+    if len(best := front(ends)) > 1:
+        line = axes.plot(*zip(*best, strict=True), color=_INK, lw=1, ls=(0, (4, 3)), zorder=2)[0]
+        found.append((line, "front of the ends"))
+    if ideals:
+        star = axes.plot(*zip(*ideals, strict=True), color=_STAR, marker="*", ms=15, mec=_INK, mew=0.8, ls="none", zorder=6)[0]
+        found.append((star, "ideal point"))
+    return found
+
+
+def _scale(axes: Axes, points: Sequence[Point]) -> None:
+    """Logarithmic where the losses are far apart: the first steps would hide the rest."""
+    axes.grid(axis="x", color=_GRID, lw=0.8)
+    axes.margins(0.06)
+    for axis, values in ((axes.xaxis, [x for x, _ in points]), (axes.yaxis, [y for _, y in points])):
+        if values and min(values) > 0 and max(values) / min(values) > _WIDE:
+            (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+
+
+def _strip(axes: Axes, strips: Sequence[tuple[str, str]]) -> None:
+    """Which objective each step has taken, one row a training; where steps are narrower than a pixel, their mean grey."""
+    steps = max(len(chosen) for _, chosen in strips)
+    colors = list(_TAKEN)
+    for index, (_, chosen) in enumerate(strips):
+        grid = np.array([[colors.index(letter) for letter in chosen]])
+        axes.imshow(grid, cmap=ListedColormap([color for _, color in _TAKEN.values()]), vmin=0, vmax=len(colors) - 1,
+                    aspect="auto", extent=(0, len(chosen), index + 0.38, index - 0.38), interpolation_stage="rgba")
+    axes.set_xlim(0, steps)
+    axes.set_ylim(len(strips) - 0.5, -0.5)
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(strips)), [shorten(name, 22) for name, _ in strips], fontsize=9.5, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    titles(axes, "Objective of each step", "optimiser step", "")
+    seen = "".join(chosen for _, chosen in strips)
+    patches = [Patch(facecolor=color, label=name) for letter, (name, color) in _TAKEN.items() if letter in seen]
+    axes.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=10, borderpad=0)
+
+
+def _bars(figure: Figure, part: Any, styles: Sequence[tuple[str, Mapping[str, Any], str]]) -> None:
+    """One panel a cost: a bar a row, its error, and what it is beside the sequential row."""
+    shown = [bar for bar in _BARS if any(bar[0] in row for _, row, _ in styles)]
+    first: Axes | None = None
+    for place, (key, title, relative) in zip(part.subgridspec(1, max(1, len(shown))), shown, strict=False):
+        axes = figure.add_subplot(place, sharey=first)
+        first = first or axes
+        plain(axes)
+        axes.grid(visible=False)
+        values = [row.get(key, math.nan) for _, row, _ in styles]
+        errors = [0.0 if math.isnan(row.get(f"{key}_se", math.nan)) else row[f"{key}_se"] for _, row, _ in styles]
+        axes.barh(range(len(styles)), values, color=[color for *_, color in styles], height=0.7, zorder=2,
+                  xerr=errors if any(errors) else None, error_kw={"lw": 1, "ecolor": _INK})
+        ends = [0.0 if math.isnan(value) else value + error for value, error in zip(values, errors, strict=True)]
+        for index, ((_, row, _), value, end) in enumerate(zip(styles, values, ends, strict=True)):
+            text = "" if math.isnan(value) else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+            text += f" ({row[relative]:+.0f} %)" if relative in row else ""
+            axes.annotate(text, (end, index), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK)
+        axes.set_xlim(0, max(ends) * 1.75 or 1.0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(axis="x", labelsize=9)
+        axes.tick_params(axis="y", length=0, labelleft=axes is first)
+        axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+    if first:
+        first.set_yticks(range(len(styles)), [shorten(name, 22) for name, *_ in styles], fontsize=9.5, parse_math=False)
+        first.set_ylim(len(styles) - 0.4, -0.6)
