@@ -10,12 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from paft.errors import NotFoundError, UsageError
-from paft.provenance import MANIFEST, read_manifest
-from paft.report.trainings import Group, grouped, read
+from paft.progress import say
+from paft.provenance import MANIFEST, read_manifest, to_json
+from paft.report.paired import mean_error
+from paft.report.render import to_markdown
+from paft.report.seeds import Row, Study
+from paft.report.seeds_tables import findings, tables, to_csv
+from paft.report.trainings import COST, Group, grouped, read
+
+if TYPE_CHECKING:
+    from paft.recipe import RunRecipe
 
 RUN, TRAINING = "run", "training"
+SCHEMA = 1
 
 
 def kind_of(directory: Path) -> str:
@@ -36,3 +46,47 @@ def kind_of(directory: Path) -> str:
 def trainings(directories: Sequence[Path]) -> list[Group]:
     """Trainings as groups that differ in the seed alone."""
     return grouped([read(directory) for directory in directories])
+
+
+def run_seeds(recipe: RunRecipe, out: Path, count: int, *, quiet: bool = False, workers: int | None = None) -> list[Path]:
+    """Run ``recipe`` with ``count`` seeds from its own on, under ``out``/seed-K; finished stages of the same content are kept."""
+    from paft.run import run
+
+    found = places(recipe, out, count)
+    for number, (seed, place) in enumerate(found.items(), 1):
+        say(f"seed {seed} ({number}/{count}) into {place}", quiet=quiet)
+        run(recipe.model_copy(update={"seed": seed}), place, resume=True, quiet=quiet, workers=workers)
+    return list(found.values())
+
+
+def places(recipe: RunRecipe, out: Path, count: int) -> dict[int, Path]:
+    """seed -> the directory of its run."""
+    return {seed: out / f"seed-{seed}" for seed in range(recipe.seed, recipe.seed + count)}
+
+
+def write(found: Study, out: Path) -> dict[str, Any]:
+    """compare.json, .md, .csv, .html and .png of a study into ``out``; returns what compare.json holds."""
+    from paft.report.page import study_page
+    from paft.report.plots import save
+    from paft.report.trajectory import study_figure
+
+    rows = found.rows()
+    data = told(found, rows)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.json").write_text(to_json(data), encoding="utf-8")
+    (out / "compare.csv").write_text(to_csv(rows), encoding="utf-8")
+    parts = [f"# {data['name']}: {len(found.runs)} seeds", *(f"## {title}\n\n{to_markdown(shown, columns)}"
+             for title, shown, columns in tables(found, rows)), "\n".join(f"- {line}" for line in data["findings"])]
+    (out / "compare.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    save(study_figure(rows, f"{data['name']}, mean of {len(found.runs)} seeds"), out / "compare.png")
+    study_page(found, rows, out / "compare.html", data["findings"])
+    return data
+
+
+def told(found: Study, rows: Sequence[Row]) -> dict[str, Any]:
+    """A study as JSON."""
+    stages = {name: {key: mean_error([run.costs[name][key] for run in found.runs])[0] for key in COST
+                     if all(key in run.costs[name] for run in found.runs)} for name in found.recipe.get("train", {})}
+    return {"kind": "study", "schema": SCHEMA, "name": str(found.recipe.get("name")), "model": found.recipe.get("model"),
+            "seeds": found.seeds, "directories": [str(run.path) for run in found.runs], "baselines": found.baselines(),
+            "rows": rows, "stages": stages, "findings": findings(found, rows)}

@@ -9,34 +9,113 @@ from typing import Any
 
 import click
 
+from paft.catalog import catalog, find
 from paft.cli import options
 from paft.errors import UsageError
+from paft.provenance import MANIFEST
+
+Table = tuple[str, list[dict[str, Any]], list[Any]]
 
 
 @click.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="DIR...|RECIPE")
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
               help="The figure, as .png, .svg or .pdf.")
-@click.option("--markdown", is_flag=True, help="A Markdown table on stdout.")
+@click.option("--markdown", is_flag=True, help="Markdown tables on stdout, with every column.")
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
-              help="A page with table and figure that needs nothing else.")
+              help="A page with tables and figures that needs nothing else.")
+@click.option("--seeds", metavar="N", type=click.IntRange(1), help="Of a recipe: run it with so many seeds  [default: 5].")
+@options.set_option("model=org/name")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Of a recipe: trainings side by side, as in `paft run`.")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="Runs: write compare.md, .json, .csv, .html and .png here  [default: of a recipe merges/NAME-seeds].")
+@options.dry_run
 @options.common
 def compare(inputs: tuple[str, ...], **given: Any) -> None:
-    """Put trainings beside each other.
+    """Put trainings, or the seeds of a pipeline, beside each other.
 
     Trainings with held-out rows: both objectives, gaps to the optima, ideal distance, time, tokens and memory; --plot
     draws their ways through the objective space. Those that differ in the seed alone become one row, mean ± standard error.
 
+    Runs of one recipe with several seeds, or a recipe, which is run first: every number as mean ± standard error,
+    and paired bootstrap intervals beside training in sequence and beside DPO alone.
+
     \b
     paft compare adapters/mix adapters/alright adapters/maxright --plot ways.png
+    paft compare merges/demo-0 merges/demo-1 merges/demo-2 -o merges/demo-seeds
+    paft compare demo --seeds 5
     """
     if given["plot"] and given["plot"].suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{given['plot']} is not a figure's name", hint="end it in .png, .svg or .pdf")
-    from paft.compare import TRAINING, kind_of, trainings
+    from paft.compare import RUN, TRAINING, kind_of, trainings
+    from paft.report.seeds import study
 
     paths = [Path(each) for each in inputs]
-    assert {kind_of(path) for path in paths} == {TRAINING}
-    _trainings(trainings(paths), given)
+    if len(inputs) == 1 and not (paths[0] / MANIFEST).is_file() and (paths[0].is_file() or inputs[0] in catalog()):
+        _recipe(inputs[0], given)
+        return
+    for_recipes = [name for name in ("seeds", "sets", "workers", "dry_run") if given[name]]
+    if for_recipes:
+        raise UsageError(f"--{for_recipes[0].removesuffix('s').replace('_', '-')} is for a recipe, and {paths[0]} is none"
+                         .replace("--seed ", "--seeds ").replace("--worker ", "--workers "), hint="paft compare RECIPE --seeds 5")
+    kinds = {kind_of(path): path for path in paths}
+    if len(kinds) > 1:
+        raise UsageError(f"{kinds[TRAINING]} is a training and {kinds[RUN]} a run of many",
+                         hint="compare the ones or the others")
+    if TRAINING in kinds:
+        if given["out"]:
+            raise UsageError("-o is for runs", hint="--html FILE and --plot FILE write what is known of trainings")
+        _trainings(trainings(paths), given)
+    else:
+        _study(study(paths), given)
+
+
+def _recipe(name: str, given: dict[str, Any]) -> None:
+    """Run a recipe with several seeds, as far as that has not been done, and compare them."""
+    from paft.recipe import RunRecipe, load
+
+    recipe = load(RunRecipe, find(name), given["sets"])
+    given["out"] = given["out"] or Path("merges") / f"{recipe.name}-seeds"
+    count = given["seeds"] or 5
+
+    from paft.models import quiet_libraries
+
+    quiet_libraries()
+    from paft.compare import places, run_seeds
+    from paft.report.seeds import study
+
+    if given["dry_run"]:
+        from paft.run import plan
+
+        plans = {seed: plan(recipe.model_copy(update={"seed": seed}), place)
+                 for seed, place in places(recipe, given["out"], count).items()}
+        lines = [f"would run {recipe.name} with {count} seeds into {given['out']}"]
+        lines += [f"  seed {seed}: {len(each['train'])} trainings ({sum(stage['done'] for stage in each['train'])} kept), "
+                  f"{len(each['merge'])} merges, about {options.size(each['disk_bytes'])} of disk"
+                  for seed, each in plans.items()]
+        options.show({str(seed): each for seed, each in plans.items()}, lines, as_json=given["as_json"])
+        return
+    _study(study(run_seeds(recipe, given["out"], count, quiet=given["quiet"], workers=given["workers"])), given)
+
+
+def _study(found: Any, given: dict[str, Any]) -> None:
+    from paft.compare import told, write
+    from paft.report.seeds_tables import short_tables, tables
+
+    rows = found.rows()
+    data = write(found, given["out"]) if given["out"] else told(found, rows)
+    if given["plot"]:
+        from paft.report.plots import save
+        from paft.report.trajectory import study_figure
+
+        save(study_figure(rows, f"{data['name']}, mean of {len(found.runs)} seeds"), given["plot"])
+    if given["html"]:
+        from paft.report.page import study_page
+
+        study_page(found, rows, given["html"], data["findings"])
+    _show(data, (tables if given["markdown"] else short_tables)(found, rows), data["findings"], given)
+    if given["out"] and not (given["as_json"] or given["markdown"]):
+        click.echo(f"{given['out']}: compare.md, compare.json, compare.csv, compare.html, compare.png")
 
 
 def _trainings(groups: Sequence[Any], given: dict[str, Any]) -> None:
@@ -55,11 +134,11 @@ def _trainings(groups: Sequence[Any], given: dict[str, Any]) -> None:
         training_page(groups, given["html"], said)
     data = {"kind": "trainings", "schema": 1, "rows": rows, "findings": said,
             "evaluations": {one.name: list(one.evaluations) for group in groups for one in group.members}}
-    _show(data, rows, columns, said, given)
+    _show(data, [("", rows, columns)], said, given)
 
 
-def _show(data: dict[str, Any], rows: Sequence[Any], columns: Sequence[Any], said: Sequence[str], given: dict[str, Any]) -> None:
-    """JSON, Markdown or a terminal table on stdout, with the sentences below."""
+def _show(data: dict[str, Any], tables: Sequence[Table], said: Sequence[str], given: dict[str, Any]) -> None:
+    """JSON, Markdown or terminal tables on stdout, with the sentences below."""
     from paft.provenance import to_json
     from paft.report.render import print_table, to_markdown
 
@@ -67,12 +146,16 @@ def _show(data: dict[str, Any], rows: Sequence[Any], columns: Sequence[Any], sai
         click.echo(to_json(data), nl=False)
         return
     if given["markdown"]:
-        click.echo("\n".join([to_markdown(rows, columns), *(f"- {line}" for line in said)]))
+        parts = [f"**{title}**\n\n" * bool(title) + to_markdown(rows, columns) for title, rows, columns in tables]
+        click.echo("\n".join([*parts, *(f"- {line}" for line in said)]))
         return
     from rich.console import Console
 
-    print_table(Console(highlight=False), rows, columns, legend=True)
-    click.echo("\n".join(["", *(textwrap.fill(line, 79, subsequent_indent="  ") for line in said)]))
+    for title, rows, columns in tables:
+        print_table(Console(highlight=False), rows, columns, title or None, legend=True)
+        if any(column.help for column in columns):
+            click.echo()
+    click.echo("\n".join([*(textwrap.fill(line, 79, subsequent_indent="  ") for line in said)]))
     for what, name in (("plot", "figure"), ("html", "page")):
         if given[what]:
             click.echo(f"{name}: {given[what]}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from paft.report.interference import Interference
 from paft.report.render import Column, Row
+from paft.report.seeds import Row as SeedsRow
+from paft.report.seeds import Study
 from paft.report.sparsity import SparsityReport
 from paft.report.trainings import Group
 
@@ -36,6 +38,8 @@ _PLACE = ("Rescaling moves a curve sideways without changing its shape; the thre
 _MAP = "Layer by module. The left side depends on the scale, the right side does not."
 _WAYS = ("Each marker is an evaluation on held-out rows; the large one is the end, the star the ideal point. Below, the "
          "objective that each step has taken, and what it cost.")
+_ENDS = "Held-out losses, mean ± standard error over the seeds; dashed: the Pareto front of the means; star: the best of each."
+_COSTS = "A row costs what all trainings that it needs cost: wall time in sum, memory at most."
 _CLASH = "By layer, beside what two unrelated updates of this size and rank would show (dashed)."
 
 
@@ -80,6 +84,20 @@ def training_page(groups: Sequence[Group], path: Path, said: Sequence[str]) -> P
     parts = [_list(said), _section("Measures", _table(*summary(groups), legend=True)),
              _figure(as_svg(training_figure(groups), "trainings"), _WAYS)]
     return _write(path, f"Comparison of {', '.join(group.label for group in groups)}", parts)
+
+
+def study_page(found: Study, rows: Sequence[SeedsRow], path: Path, said: Sequence[str]) -> Path:
+    """A pipeline over several seeds as a page."""
+    from paft.report.maps import as_svg
+    from paft.report.seeds_tables import tables
+    from paft.report.trajectory import cost_figure, study_figure
+
+    title = f"{found.recipe.get('name')}: {len(found.runs)} seeds"
+    means, *differences = tables(found, rows)
+    parts = [_list(said), _figure(as_svg(study_figure(rows, "Both objectives"), "front"), _ENDS),
+             _section(means[0], _table(*means[1:], legend=True)), _figure(as_svg(cost_figure(rows), "costs"), _COSTS),
+             *(_section(name, _table(shown, columns)) for name, shown, columns in differences)]
+    return _write(path, title, parts)
 
 
 def _write(path: Path, title: str, parts: Sequence[str]) -> Path:

@@ -6,7 +6,7 @@ apart; markers differ too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,28 @@ def tradeoff_figure(
     xerr: str | None = None,
     yerr: str | None = None,
 ) -> Path:
+    """`tradeoff` into a file; raises UsageError for an unknown suffix."""
+    return save(tradeoff(points, x=x, y=y, groups=groups, title=title, xlabel=xlabel, ylabel=ylabel, xerr=xerr, yerr=yerr), path)
+
+
+def tradeoff(
+    points: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    y: str,
+    groups: str | None = None,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    xerr: str | None = None,
+    yerr: str | None = None,
+    more: Callable[[Axes], Sequence[tuple[Artist, str]]] | None = None,
+) -> Figure:
     """A scatter of named points in two metrics, each point labelled where its label hides least.
 
     ``points`` are rows with "name" and the fields ``x``, ``y`` and optionally ``xerr``, ``yerr`` (half-widths);
-    ``groups`` names the field that chooses colour and marker. Points without both numbers are left out. Raises
-    UsageError for an unknown suffix.
+    ``groups`` names the field that chooses colour and marker. Points without both numbers are left out. ``more`` draws what
+    else belongs into the axes and returns its entries of the legend.
     """
     figure, axes = canvas((8.0, 6.0))
     drawn = [point for point in points if point.get(x) is not None and point.get(y) is not None]
@@ -105,11 +122,12 @@ def tradeoff_figure(
     axes.margins(0.1)
     titles(axes, title, xlabel or x, ylabel or y)
     axes.grid(axis="x", color=_GRID, lw=0.8)
-    if len(members) > 1:
+    entries += more(axes) if more else []
+    if len(entries) > 1:
         legend(figure, entries)
     colors = [PALETTE[members.index(point.get(groups) if groups else None) % len(PALETTE)] for point in drawn]
-    label_points(figure, axes, [(str(point["name"]), float(point[x]), float(point[y])) for point in drawn], colors)
-    return save(figure, path)
+    _label(figure, axes, [(str(point["name"]), float(point[x]), float(point[y])) for point in drawn], colors)
+    return figure
 
 
 def canvas(inches: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -151,7 +169,7 @@ def titles(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel, fontsize=12, color=_INK)
 
 
-def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]], colors: Sequence[str]) -> None:
+def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]], colors: Sequence[str]) -> None:
     """Write each name where `place` puts it; one that had to move away gets a thin line to its point."""
     figure.draw_without_rendering()
     unit = figure.dpi / 72

@@ -102,7 +102,7 @@ def read(directory: Path) -> Training:
     best = (manifest.get("metrics") or {}).get("best_step")
     end = next((each for each in evaluations if each["step"] == best), evaluations[-1])
     base, inputs = manifest.get("base") or {}, manifest.get("inputs") or {}
-    return Training(name=directory.name, title=_title(command, recipe), recipe=recipe, seed=manifest.get("seed"),
+    return Training(name=directory.resolve().name, title=_title(command, recipe), recipe=recipe, seed=manifest.get("seed"),
                     base=str(base.get("content_sha256")), held=_held(command, inputs), evaluations=evaluations,
                     end={**end, **_cost(evaluations[-1], records, manifest)},
                     chosen="".join(str(each.get("chosen", "")) for each in records), optima=_optima(manifest.get("optima") or {}))
@@ -130,13 +130,22 @@ def _spent(record: Mapping[str, Any]) -> dict[str, float]:
     return {ours: record[theirs] for ours, theirs in named.items() if theirs in record}
 
 
-def _cost(last: Record, records: Sequence[Record], manifest: Mapping[str, Any]) -> dict[str, float]:
+def cost(directory: Path) -> dict[str, float]:
+    """Seconds, tokens and memory of the training in a directory, as far as it has told them; its seconds are of wall time."""
+    manifest = read_manifest(directory) or {}
+    log = directory / "log.jsonl"
+    metrics = manifest.get("metrics") or {}
+    found = _cost({key: metrics[key] for key in ("tokens",) if key in metrics}, _records(log) if log.is_file() else [], manifest)
+    return {key: value for key, value in found.items() if key in COST}
+
+
+def _cost(last: Record, records: Sequence[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the whole training cost; where the evaluations do not say, `paft.json` does: its seconds contain the evaluations."""
     memory = manifest.get("peak_device_memory_mb") or manifest.get("peak_memory_mb")
     counted = [each["num_tokens"] for each in records if "num_tokens" in each]
     told = {"seconds": manifest.get("wall_s"), "tokens": counted[-1] if counted else None, "memory_mb": memory}
     told = {key: value for key, value in told.items() if value is not None}
-    steps = max(each["step"] for each in records if "step" in each)
+    steps = max((each["step"] for each in records if "step" in each), default=0)
     return told | {key: last[key] for key in COST if key in last} | {"steps": steps}
 
 

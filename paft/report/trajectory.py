@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from paft.report.headtohead import front
-from paft.report.plots import MARKERS, PALETTE, legend, plain, shorten, titles
+from paft.report.plots import MARKERS, PALETTE, legend, plain, shorten, titles, tradeoff
 from paft.report.trainings import Group, Point
 
 _INK, _GRID, _STAR = "#333333", "#e4e4e4", "#E6B800"
@@ -48,6 +48,33 @@ def training_figure(groups: Sequence[Group]) -> Figure:
     _bars(figure, next(parts), styles)
     if entries:
         legend(figure, entries)
+    return figure
+
+
+def study_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Where the rows of several seeds end, mean ± standard error, with the front and the ideal point of the means."""
+    shown = [row for row in rows if {"sft_loss", "dpo_loss"} <= row.keys()]
+    ends = [(row["sft_loss"], row["dpo_loss"]) for row in shown]
+    ideal = {(min(x for x, _ in ends), min(y for _, y in ends))} if ends else set()
+
+    def more(axes: Axes) -> list[tuple[Artist, str]]:
+        _scale(axes, ends)
+        return _front_and_ideal(axes, ends, ideal)
+
+    several = shown and shown[0]["runs"] > 1
+    xerr, yerr = ("sft_loss_se", "dpo_loss_se") if several else (None, None)
+    return tradeoff(shown, x="sft_loss", y="dpo_loss", groups="group", title=title, xerr=xerr, yerr=yerr,
+                    xlabel="held-out SFT loss (nats a token)", ylabel="held-out DPO loss (nats)", more=more)
+
+
+def cost_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bars of ideal distance, training time and memory, a colour a group; the base, which costs nothing, is left out."""
+    shown = [row for row in rows if "seconds" in row]
+    members = list(dict.fromkeys(row["group"] for row in rows))
+    styles = [(str(row["name"]), row, PALETTE[members.index(row["group"]) % len(PALETTE)]) for row in shown]
+    figure = Figure(figsize=(8.0, 1.0 + 0.26 * len(styles)), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    _bars(figure, figure.add_gridspec(1, 1)[0], styles)
     return figure
 
 

@@ -1,0 +1,194 @@
+"""A pipeline over several seeds as tables, CSV, and what the numbers say in words."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paft.report.headtohead import COLUMNS
+from paft.report.paired import ENOUGH, Difference
+from paft.report.render import Column
+from paft.report.seeds import COMBINED, COMPARED, Row, Study, sparse
+
+_MAIN = ("name", "sft_loss", "dpo_loss", "pref_accuracy", "ideal")
+_MORE = [
+    Column("sft_gap", "SFT gap", ".2f", "SFT loss - the best SFT loss of the run's table"),
+    Column("dpo_gap", "DPO gap", ".2f", "DPO loss - the best DPO loss of the run's table"),
+    Column("sft_tax", "SFT tax", ".2f", "SFT loss - that of SFT alone"),
+    Column("dpo_tax", "DPO tax", ".2f", "DPO loss - that of DPO alone"),
+    Column("forgetting", "forgetting", ".2f", "loss on neutral text - that of the base"),
+    Column("seconds", "train s", ",.0f", "wall time of all trainings that the row needs"),
+    Column("tokens", "tokens", ",.3g", "trained on, over the same trainings"),
+    Column("memory_mb", "peak MB", ",.0f", "the largest of the same trainings"),
+]
+_VERBS = {-1: "it helps", 1: "it harms", 0: "no difference that these seeds could show"}
+Table = tuple[str, list[Row], list[Column]]
+
+
+def tables(study: Study, rows: Sequence[Row]) -> list[Table]:
+    """The means with every column there is, and for each baseline the differences to it in all that is compared."""
+    known = [column.key for column in (*COLUMNS, *_MORE)]
+    other = [key for key in dict.fromkeys(key for row in rows for key in row) if f"{key}_se" in rows[0] and key not in known]
+    columns = [*COLUMNS, *(Column(key, key, ".3f") for key in other), *_MORE]
+    found = [_means(study, rows, [column for column in columns if any(column.key in row for row in rows)])]
+    headers = {column.key: column for column in COLUMNS}
+    for base in study.baselines():
+        compared = [{"name": row["name"], **{key: interval(found) for key, found in row["vs"][base].items()}}
+                    for row in rows if base in row["vs"]]
+        found.append((f"Minus {_baseline(study, base)}: mean [95 % interval]", compared,
+                      [headers["name"], *(Column(key, headers[key].header) for key in COMPARED)]))
+    return found
+
+
+def short_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
+    """What fits a terminal: both objectives and the ideal distance, and its differences to the baselines."""
+    found = [_means(study, rows, [column for column in COLUMNS if column.key in _MAIN])]
+    compared = [{"name": row["name"], **{base: interval(each["ideal"]) for base, each in row["vs"].items() if "ideal" in each}}
+                for row in rows if row["group"] in COMBINED]
+    if compared and study.baselines():
+        columns = [Column(base, f"minus {_baseline(study, base)}") for base in study.baselines()]
+        found.append(("Ideal distance: mean [95 % interval]", compared, [COLUMNS[0], *columns]))
+    return found
+
+
+def _means(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    shown = [Column(c.key, c.header, c.format, c.help, f"{c.key}_se" if c.key != "name" else "") for c in columns]
+    return f"Mean ± standard error over {len(study.runs)} seeds", list(rows), shown
+
+
+def _baseline(study: Study, base: str) -> str:
+    better = base == "sequential" and len(study.sequences()) > 1
+    return study.name(study.baselines()[base]) + (" (the better order)" if better else "")
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    """``-0.74 [-1.30, -0.05]``; without an interval the mean alone."""
+    low, high = found["low"], found["high"]
+    return f"{found['mean']:+.2f}" + ("" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line a row; a difference is ``vs_BASELINE_METRIC`` with ``_low`` and ``_high``."""
+    flat = []
+    for row in rows:
+        one = {key: value for key, value in row.items() if key != "vs"}
+        for base, metrics in row["vs"].items():
+            for metric, found in metrics.items():
+                name = f"vs_{base}_{metric}"
+                one |= {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        flat.append({key: "" if isinstance(value, float) and math.isnan(value) else value for key, value in one.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for one in flat for key in one)), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def findings(study: Study, rows: Sequence[Row]) -> list[str]:
+    """Sentences that follow from the numbers: who is nearest, who beats the baselines, what L1 does, what is not known."""
+    ranked = sorted((row for row in rows if "ideal" in row and row["group"] != "base"), key=lambda row: row["ideal"])
+    best: dict[str, Row] = {}
+    for row in ranked:
+        best.setdefault(row["group"], row)
+    said = [f"Nearest to the ideal point: {row['name']} ({row['group']}), {_brief(row, 'ideal')} nats." for row in ranked[:1]]
+    said += [f"Best {group}: {row['name']}, ideal distance {_brief(row, 'ideal')}, SFT loss {_brief(row, 'sft_loss')}, "
+             f"preference accuracy {_brief(row, 'pref_accuracy')}." for group, row in best.items() if row is not ranked[0]]
+    return said + _taxes(study, rows) + _against(study, rows) + _l1(study) + _limits(study)
+
+
+def _brief(row: Row, key: str) -> str:
+    error = row.get(f"{key}_se", math.nan)
+    return f"{row[key]:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") if key in row else "-"
+
+
+def _taxes(study: Study, rows: Sequence[Row]) -> list[str]:
+    """What sequences pay in each skill."""
+    by_id = {row["id"]: row for row in rows}
+    said = [f"{row['name']}: SFT loss {row['sft_tax']:+.2f} beside SFT alone, DPO loss {row['dpo_tax']:+.2f} beside DPO alone."
+            for row in map(by_id.__getitem__, study.sequences()) if {"sft_tax", "dpo_tax"} <= row.keys()]
+    kept = sorted((row for row in rows if row["group"] in COMBINED and "forgetting" in row), key=lambda row: row["forgetting"])
+    if len(kept) > 1:
+        least, most = kept[0], kept[-1]
+        said.append(f"Forgets least: {least['name']}, {least['forgetting']:+.2f} nats on neutral text; most: {most['name']}, "
+                    f"{most['forgetting']:+.2f}.")
+    return said
+
+
+def _against(study: Study, rows: Sequence[Row]) -> list[str]:
+    """How many rows an interval puts on one side of each baseline."""
+    said = []
+    combined = [row for row in rows if row["group"] in COMBINED]
+    for base, other in study.baselines().items():
+        differences = [Difference(**row["vs"][base]["ideal"]) for row in combined if "ideal" in row["vs"].get(base, {})]
+        if differences and len(study.runs) >= ENOUGH:
+            near, far = (sum(one.sign == sign for one in differences) for sign in (-1, 1))
+            said.append(f"Of {len(differences)} other ways to combine both, {near} are nearer to the ideal point than "
+                        f"{study.name(other)}, {far} farther; for {len(differences) - near - far} the interval contains 0.")
+    return said
+
+
+def _l1(study: Study) -> list[str]:
+    """What an L1 term on the SFT does to merges, to sequences, and beside its controls: differences of the ideal distance."""
+    said = []
+    if pairs := _merge_pairs(study.recipe):
+        found = study.vs([one for one, _ in pairs], [two for _, two in pairs], "ideal")
+        said.append(f"L1 in merges ({len(pairs)} methods with and without): {_told(found)}.")
+    train = study.recipe.get("train", {})
+    for name, stage in train.items():
+        same = (stage.get("on"), stage["objective"])
+        plain = [other for other, two in train.items()
+                 if (two.get("on"), two["objective"]) == same and not (sparse(two) or two.get("l2"))]
+        if sparse(stage) and stage.get("on") and plain:
+            found = study.vs([name], plain[:1], "ideal")
+            said.append(f"L1 in a sequence ({study.name(name)} - {study.name(plain[0])}): {_told(found)}.")
+    for one, control in _controls(study.recipe):
+        found = study.vs([one], [control], "ideal")
+        said.append(f"L1 beside its control ({study.name(one)} - {study.name(control)}): {_told(found)}.")
+    return said
+
+
+def _told(found: Difference) -> str:
+    verdict = "" if math.isnan(found.low) else f", {_VERBS[found.sign]}"
+    return f"{interval(found.to_dict())} nats{verdict}"
+
+
+def _plain_and_sparse(recipe: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """method -> the first merge of it with a plain SFT, and with an L1-sparse one; controls are neither."""
+    train, plain, l1 = recipe.get("train", {}), {}, {}
+    for name, entry in recipe.get("merge", {}).items():
+        first = train[entry["of"][0]]
+        if sparse(first):
+            l1.setdefault(entry["method"], name)
+        elif not (first.get("l2") or entry.get("density_like") or entry.get("norm_like")):
+            plain.setdefault(entry["method"], name)
+    return plain, l1
+
+
+def _merge_pairs(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    plain, l1 = _plain_and_sparse(recipe)
+    return [(l1[method], plain[method]) for method in plain if method in l1]
+
+
+def _controls(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(a merge with L1, a control made to the density or norm of its adapter, at the same weights)."""
+    train, merge = recipe.get("train", {}), recipe.get("merge", {})
+    found = []
+    for name, entry in merge.items():
+        like = entry.get("density_like") or entry.get("norm_like")
+        if like and sparse(train[like]) and not sparse(train[entry["of"][0]]):
+            twins = [other for other, two in merge.items()
+                     if two["of"][0] == like and two.get("weights") == entry.get("weights")]
+            found += [(twin, name) for twin in twins[:1]]
+    return found
+
+
+def _limits(study: Study) -> list[str]:
+    """What so few seeds cannot tell."""
+    count = len(study.runs)
+    if count < ENOUGH:
+        return [f"{count} seed{'s' * (count > 1)}: no interval; with fewer than {ENOUGH} it would say nothing."]
+    few = " So few make them too short: at 3 seeds they hold the mean about 75 % of the time, at 5 85 %, at 10 90 %."
+    return [f"Intervals: bootstrap of the means over {count} seeds, paired within each run.{few * (count < 20)}"]
