@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,13 @@ from paft.models import quiet_libraries
 quiet_libraries()
 
 from paft.catalog import find  # noqa: E402 - threads are set before torch loads
+from paft.provenance import to_json  # noqa: E402
 from paft.recipe import RunRecipe, load  # noqa: E402
 from paft.report.headtohead import COLUMNS, columns_of  # noqa: E402
+from paft.report.paired import mean_error  # noqa: E402
 from paft.report.plots import tradeoff_figure  # noqa: E402
-from paft.report.render import Column, to_json, to_markdown  # noqa: E402
+from paft.report.render import Column, to_markdown  # noqa: E402
+from paft.report.seeds import Study, study  # noqa: E402
 from paft.run import run  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -51,33 +52,12 @@ QUESTIONS = [
 ]
 
 
-def error(values: list[float]) -> float:
-    """Standard error of the mean."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def averaged(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a model: mean and standard error of each metric over the reports."""
-    rows = []
-    for index, first in enumerate(reports[0]["rows"]):
-        row = {"name": first["name"], "id": first["id"], "group": first["group"]}
-        for metric in METRICS:
-            values = [report["rows"][index][metric] for report in reports if metric in report["rows"][index]]
-            if values:
-                row |= {metric: statistics.mean(values), f"{metric}_se": error(values)}
-        rows.append(row)
-    return rows
-
-
-def paired(reports: list[dict[str, Any]], left: list[str], right: list[str]) -> dict[str, float]:
-    """Mean and standard error, over runs, of (mean of the left rows) - (mean of the right rows), for each metric."""
+def paired(studies: list[Study], left: list[str], right: list[str]) -> dict[str, float]:
+    """Mean and standard error, over all runs, of (mean of the left rows) - (mean of the right rows), for each metric."""
     found: dict[str, float] = {}
     for metric in METRICS:
-        differences = []
-        for report in reports:
-            value = {row["id"]: row.get(metric, math.nan) for row in report["rows"]}
-            differences.append(statistics.mean(value[i] for i in left) - statistics.mean(value[i] for i in right))
-        found |= {metric: statistics.mean(differences), f"{metric}_se": error(differences)}
+        found |= zip((metric, f"{metric}_se"), mean_error([d for one in studies for d in one.differences(left, right, metric)]),
+                     strict=True)
     return found
 
 
@@ -85,9 +65,9 @@ def with_errors(columns: list[Column]) -> list[Column]:
     return [Column(c.key, c.header, c.format, c.help, f"{c.key}_se" if c.key != "name" else "") for c in columns]
 
 
-def short(reports: dict[str, list[dict[str, Any]]], differences: list[dict[str, Any]]) -> str:
+def short(studies: dict[str, Study], differences: list[dict[str, Any]]) -> str:
     """The README's part: four columns of each base for the rows that answer a question, and the paired differences."""
-    bases = {model: {row["id"]: row for row in averaged(found)} for model, found in reports.items()}
+    bases = {model: {row["id"]: row for row in found.rows()} for model, found in studies.items()}
     rows = []
     for name in SHORT:
         row = {"name": next(iter(bases.values()))[name]["name"]}
@@ -108,32 +88,41 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", nargs="+", default=["demo:a", "demo:b"])
     options = parser.parse_args()
-    reports: dict[str, list[dict[str, Any]]] = {model: [] for model in options.models}
+    places: dict[str, list[Path]] = {model: [] for model in options.models}
     for seed in options.seeds:
         for model in options.models:
             recipe = load(RunRecipe, find("demo"), (f"seed={seed}", f"model={model}"))
-            reports[model].append(run(recipe, options.out / f"{model.replace(':', '-')}-{seed}", resume=True))
-    everything = [report for found in reports.values() for report in found]
-    parts = [f"# The demo, {len(options.seeds)} seeds on each of {len(options.models)} bases\n\nMade by "
+            places[model].append(options.out / f"{model.replace(':', '-')}-{seed}")
+            run(recipe, places[model][-1], resume=True)
+    write({model: study(found) for model, found in places.items()})
+
+
+def write(studies: dict[str, Study]) -> None:
+    """The tables of the studies, model by model, and what is paired over all of them."""
+    count = len(next(iter(studies.values())).runs)
+    parts = [f"# The demo, {count} seeds on each of {len(studies)} bases\n\nMade by "
              f"`python benchmarks/demo_table.py`; test split; mean ± standard error over seeds."]
-    for model, found in reports.items():
-        rows = averaged(found)
+    for model, found in studies.items():
+        rows = found.rows()
         parts.append(f"## Base `{model}`\n\n" + to_markdown(rows, with_errors(columns_of(rows))))
-    differences = [{"name": question, **paired(everything, left, right)} for question, left, right in QUESTIONS]
-    parts.append(f"## Paired differences over all {len(everything)} runs\n\n"
+    differences = [{"name": question, **paired(list(studies.values()), left, right)} for question, left, right in QUESTIONS]
+    parts.append(f"## Paired differences over all {sum(len(found.runs) for found in studies.values())} runs\n\n"
                  + to_markdown(differences, with_errors(columns_of(differences))))
     (HERE / "demo.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    reports = {model: [json.loads((run.path / "report.json").read_text(encoding="utf-8")) for run in found.runs]
+               for model, found in studies.items()}
     (HERE / "demo.json").write_text(to_json({"reports": reports, "paired": differences}), encoding="utf-8")
     readme = HERE.parent / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- table -->\n")
     _, _, after = rest.partition("<!-- /table -->")
-    made = short(reports, differences)
+    made = short(studies, differences)
     readme.write_text(f"{before}<!-- table -->\n{made}\n<!-- /table -->{after}", encoding="utf-8")
-    rows = [row for row in averaged(reports[options.models[0]]) if row["group"] != "base"]
+    model, first = next(iter(studies.items()))
+    rows = [row for row in first.rows() if row["group"] != "base"]
     tradeoff_figure(rows, HERE / "demo.png", x="exact_match", y="pref_accuracy", groups="group", xerr="exact_match_se",
-                    yerr="pref_accuracy_se", title=f"{options.models[0]}, mean of {len(options.seeds)} seeds",
+                    yerr="pref_accuracy_se", title=f"{model}, mean of {count} seeds",
                     xlabel="exact match on the SFT tasks", ylabel="held-out preference accuracy")
-    print(json.dumps({model: len(found) for model, found in reports.items()}), "->", HERE / "demo.md")
+    print(json.dumps({model: len(found.runs) for model, found in studies.items()}), "->", HERE / "demo.md")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from paft.report.interference import Interference
 from paft.report.render import Column, Row
+from paft.report.seeds import COMBINED, Study
 from paft.report.seeds import Row as SeedsRow
-from paft.report.seeds import Study
 from paft.report.sparsity import SparsityReport
 from paft.report.trainings import Group
 
@@ -95,8 +95,10 @@ def study_page(found: Study, rows: Sequence[SeedsRow], path: Path, said: Sequenc
     title = f"{found.recipe.get('name')}: {len(found.runs)} seeds"
     means, *differences = tables(found, rows)
     parts = [_list(said), _figure(as_svg(study_figure(rows, "Both objectives"), "front"), _ENDS),
-             _section(means[0], _table(*means[1:], legend=True)), _figure(as_svg(cost_figure(rows), "costs"), _COSTS),
-             *(_section(name, _table(shown, columns)) for name, shown, columns in differences)]
+             _section(means[0], _table(*means[1:], legend=True))]
+    if any(row["group"] in COMBINED for row in rows):
+        parts.append(_figure(as_svg(cost_figure(rows), "costs"), _COSTS))
+    parts += [_section(name, _table(shown, columns)) for name, shown, columns in differences]
     return _write(path, title, parts)
 
 

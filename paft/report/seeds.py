@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from paft.errors import MismatchError, NotFoundError, UsageError
@@ -92,14 +93,14 @@ class Study:
         """A metric of a row in each run; NaN where it was not measured."""
         return [float(run.rows[row].get(metric, math.nan)) for run in self.runs]
 
-    def mean(self, row: str, metric: str) -> float:
-        return mean_error(self.values(row, metric))[0]
+    def differences(self, left: Iterable[str], right: Iterable[str], metric: str) -> list[float]:
+        """Mean of the left rows - mean of the right rows, in each run."""
+        sides = [[mean(each) for each in zip(*(self.values(row, metric) for row in side), strict=True)] for side in (left, right)]
+        return [one - other for one, other in zip(*sides, strict=True)]
 
     def vs(self, left: Iterable[str], right: Iterable[str], metric: str) -> Difference:
-        """Mean of the left rows - mean of the right rows, paired within each run."""
-        sides = [[sum(each) / len(each) for each in zip(*(self.values(row, metric) for row in side), strict=True)]
-                 for side in (left, right)]
-        return difference([one - other for one, other in zip(*sides, strict=True)])
+        """`differences` with their interval."""
+        return difference(self.differences(left, right, metric))
 
     def alone(self, objective: str) -> str | None:
         """The row of the plain training of one objective, from the base."""
@@ -111,7 +112,7 @@ class Study:
         train = self.recipe.get("train", {})
         found = [name for name, stage in train.items() if stage.get("on") and not _penalised(stage)
                  and train[stage["on"]]["objective"] != stage["objective"] and not _penalised(train[stage["on"]])]
-        return sorted(found, key=lambda name: self.mean(name, "ideal"))
+        return sorted(found, key=lambda name: mean(self.values(name, "ideal")))
 
     def baselines(self) -> dict[str, str]:
         """What every row is compared with: ``sequential``, the better of its orders, and ``dpo`` alone."""
@@ -129,8 +130,7 @@ class Study:
         measured = {key: self.values(name, key) for key, value in first.items()
                     if key not in _WORDS and isinstance(value, int | float)}
         for key, values in (measured | self._derived(name) | self._costs(name)).items():
-            mean, error = mean_error(values)
-            row |= {key: mean, f"{key}_se": error}
+            row |= zip((key, f"{key}_se"), mean_error(values), strict=True)
         row["vs"] = {base: {metric: self.vs([name], [other], metric).to_dict() for metric in COMPARED if metric in measured}
                      for base, other in baselines.items() if other != name}
         return row

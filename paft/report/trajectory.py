@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from paft.report.headtohead import front
 from paft.report.plots import MARKERS, PALETTE, legend, plain, shorten, titles, tradeoff
+from paft.report.seeds import COMBINED
 from paft.report.trainings import Group, Point
 
 _INK, _GRID, _STAR = "#333333", "#e4e4e4", "#E6B800"
@@ -68,8 +69,8 @@ def study_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 
 def cost_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars of ideal distance, training time and memory, a colour a group; the base, which costs nothing, is left out."""
-    shown = [row for row in rows if "seconds" in row]
+    """Bars of ideal distance, training time and memory of the ways to combine both objectives, a colour a group."""
+    shown = [row for row in rows if row["group"] in COMBINED]
     members = list(dict.fromkeys(row["group"] for row in rows))
     styles = [(str(row["name"]), row, PALETTE[members.index(row["group"]) % len(PALETTE)]) for row in shown]
     figure = Figure(figsize=(8.0, 1.0 + 0.26 * len(styles)), dpi=160, layout="constrained")
