@@ -76,7 +76,9 @@ def invoke(arguments: list[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        hint = "the same command with --resume keeps the finished stages" if arguments[:1] == ["run"] else None
+        kept = {"run": "the same command with --resume keeps the finished stages",
+                "compare": "the same command keeps the finished stages"}
+        hint = kept.get(arguments[0]) if arguments else None
         told = getattr(stop.__cause__ or stop, "args", ())  # click wraps the interrupt
         message, hint = told if len(told) == 2 else ("interrupted; nothing half-made was kept", hint)
         return _fail(message, hint, 130, arguments)

@@ -12,6 +12,7 @@ import click
 from paft.catalog import catalog, find
 from paft.cli import options
 from paft.errors import UsageError
+from paft.progress import say
 from paft.provenance import MANIFEST
 
 Table = tuple[str, list[dict[str, Any]], list[Any]]
@@ -51,8 +52,14 @@ def compare(inputs: tuple[str, ...], **given: Any) -> None:
     from paft.report.seeds import study
 
     paths = [Path(each) for each in inputs]
-    if len(inputs) == 1 and not (paths[0] / MANIFEST).is_file() and (paths[0].is_file() or inputs[0] in catalog()):
-        _recipe(inputs[0], given)
+    estimates = [path for path in paths if path.name.startswith("optima-") and path.is_dir() and not (path / MANIFEST).is_file()]
+    if estimates:  # `paft compare study/*` names them too
+        say(f"note: {estimates[0]} left out: it holds the trainings that estimated f*", quiet=given["quiet"])
+        paths = [path for path in paths if path not in estimates]
+    if not paths:
+        raise UsageError("nothing to compare", hint=f"name the trainings in it: {estimates[0]}/*")
+    if len(paths) == 1 and not (paths[0] / MANIFEST).is_file() and (paths[0].is_file() or str(paths[0]) in catalog()):
+        _recipe(str(paths[0]), given)
         return
     for_recipes = [name for name in ("seeds", "sets", "workers", "dry_run") if given[name]]
     if for_recipes:

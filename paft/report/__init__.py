@@ -8,9 +8,10 @@
     interference two sources -> Interference (overlap: entry by entry; angles: spaces; advice: what to try)
     *_tables     reports -> rows and columns
     render       rows and columns -> terminal table, Markdown, JSON (the one writer of all reports; no torch)
-    plots, maps  reports and points -> figures (the only places that load matplotlib); labels: names beside points
+    plots, maps, trajectory  reports and points -> figures (only these load matplotlib); labels: names beside points
     page         reports -> one HTML page that needs nothing else
-    headtohead   the table of a run
+    headtohead   the table of a run; seeds: of several that differ in the seed; paired: means, errors, bootstrap intervals
+    trainings    logs of trainings -> gaps, ideal distance, costs; trajectory: their figures, and those of seeds
 
 SCHEMA.md says what the JSON means. Importing the package loads none of them.
 """

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 RESAMPLES = 10_000
+FEW = ("95 % intervals by bootstrap over the seeds; few make them too short: of 3 they hold the mean about 75 % of the time, "
+       "of 5 85 %, of 10 90 %.")
 ENOUGH = 3  # differences; below, an interval of their resamples says nothing
 
 
@@ -48,8 +50,9 @@ class Difference:
 def difference(differences: Sequence[float], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """The percentile bootstrap of the mean of ``differences``, one a seed; the same numbers give the same interval.
 
-    With n seeds there are at most nⁿ resamples, and the interval is too short: at n = 5 it covers about 83 % of the time, not
-    95 %; n < 3 gives none.
+    The interval of few is too short: that of n normal differences is about mean ± 1.96·√((n-1)/n)·s/√n, which holds the true
+    mean with probability P(|t| < 1.96·√((n-1)/n)), t of n-1 degrees of freedom: 0.75 at n = 3, 0.85 at 5, 0.90 at 10.
+    n < 3 gives none.
     """
     mean, error = mean_error(differences)
     if len(differences) < ENOUGH:

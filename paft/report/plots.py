@@ -1,7 +1,7 @@
 """Figures of the reports, drawn without a display; the suffix of the path chooses PNG, SVG or PDF.
 
-This module and `maps` are the only ones that load matplotlib. Colours are Okabe and Ito's, which the colour-blind can tell
-apart; markers differ too.
+This module, `maps` and `trajectory` are the only ones that load matplotlib. Colours are Okabe and Ito's, which the
+colour-blind can tell apart; markers differ too.
 """
 
 from __future__ import annotations

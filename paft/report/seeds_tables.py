@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paft.report.headtohead import COLUMNS
-from paft.report.paired import ENOUGH, Difference
+from paft.report.paired import ENOUGH, FEW, Difference
 from paft.report.render import Column
 from paft.report.seeds import COMBINED, COMPARED, Row, Study, sparse
 
@@ -38,7 +38,7 @@ def tables(study: Study, rows: Sequence[Row]) -> list[Table]:
     for base in study.baselines():
         compared = [{"name": row["name"], **{key: interval(found) for key, found in row["vs"][base].items()}}
                     for row in rows if base in row["vs"]]
-        found.append((f"Minus {_baseline(study, base)}: mean [95 % interval]", compared,
+        found.append((f"Minus {_baseline(study, base)}: {_what(study)}", compared,
                       [headers["name"], *(Column(key, headers[key].header) for key in COMPARED)]))
     return found
 
@@ -50,13 +50,18 @@ def short_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
                 for row in rows if row["group"] in COMBINED]
     if compared and study.baselines():
         columns = [Column(base, f"minus {_baseline(study, base)}") for base in study.baselines()]
-        found.append(("Ideal distance: mean [95 % interval]", compared, [COLUMNS[0], *columns]))
+        found.append((f"Ideal distance: {_what(study)}", compared, [COLUMNS[0], *columns]))
     return found
 
 
 def _means(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     shown = [Column(c.key, c.header, c.format, c.help, f"{c.key}_se" if c.key != "name" else "") for c in columns]
-    return f"Mean ± standard error over {len(study.runs)} seeds", list(rows), shown
+    several = len(study.runs) > 1
+    return (f"Mean ± standard error over {len(study.runs)} seeds" if several else "One seed"), list(rows), shown
+
+
+def _what(study: Study) -> str:
+    return "mean [95 % interval]" if len(study.runs) >= ENOUGH else "mean, without an interval"
 
 
 def _baseline(study: Study, base: str) -> str:
@@ -190,5 +195,4 @@ def _limits(study: Study) -> list[str]:
     count = len(study.runs)
     if count < ENOUGH:
         return [f"{count} seed{'s' * (count > 1)}: no interval; with fewer than {ENOUGH} it would say nothing."]
-    few = " So few make them too short: at 3 seeds they hold the mean about 75 % of the time, at 5 85 %, at 10 90 %."
-    return [f"Intervals: bootstrap of the means over {count} seeds, paired within each run.{few * (count < 20)}"]
+    return [f"Differences are paired within each run. {FEW}"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paft.report.headtohead import front
+from paft.report.paired import ENOUGH, FEW, difference
 from paft.report.render import Column
 from paft.report.trainings import Group, Training
 
@@ -58,7 +59,22 @@ def findings(groups: Sequence[Group]) -> list[str]:
              + (f" ({group.row['memory_pct']:+.0f} %)" if "memory_pct" in group.row else "")
              for group in groups if "runtime_pct" in group.row]
     said += [f"Training time (memory) beside training in sequence: {'; '.join(costs)}."] if costs else []
-    return said + _limits(groups)
+    return said + _beside_sequential(groups) + _limits(groups)
+
+
+def _beside_sequential(groups: Sequence[Group]) -> list[str]:
+    """The ideal distance beside that of training in sequence, where there are enough seeds that both have."""
+    said = []
+    sequential = [group for group in groups if group.members[0].sequential]
+    for group in (one for one in groups if one not in sequential):
+        for other in [one for one in sequential if one.row["lam"] == group.row["lam"]] or sequential:
+            ours, theirs = group.ideals, other.ideals
+            seeds = [seed for seed in ours if seed in theirs]
+            if len(seeds) >= ENOUGH:
+                found = difference([ours[seed] - theirs[seed] for seed in seeds])
+                said.append(f"{group.label} - {other.label} over {len(seeds)} seeds, paired: ideal distance {found.mean:+.3f} "
+                            f"[{found.low:+.3f}, {found.high:+.3f}].")
+    return said + ([FEW] if said else [])
 
 
 def _value(group: Group, key: str) -> str:

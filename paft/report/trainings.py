@@ -83,6 +83,12 @@ class Group:
     row: Mapping[str, Any]
     label: str  # the row's name, with λ where several rows have that name
 
+    @property
+    def ideals(self) -> dict[int | None, float]:
+        """seed -> ideal distance."""
+        found = {one.seed: distances(one, aim).get("ideal") for one, aim in zip(self.members, self.aims, strict=True)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
 
 def read(directory: Path) -> Training:
     """The training in a directory; NotFoundError where there is none, UsageError where it was never evaluated."""
@@ -195,11 +201,15 @@ def distances(training: Training, aim: Aim | None) -> dict[str, float]:
 
 
 def grouped(trainings: Sequence[Training]) -> list[Group]:
-    """One group a recipe but for its seed, in the order given, with costs relative to the sequential rows."""
+    """One group a recipe but for its seed, in the order given; MismatchError for two trainings of one recipe and seed."""
     members: dict[str, list[tuple[Training, Aim | None]]] = {}
     for training, aim in zip(trainings, aims(trainings), strict=True):
         said = {key: value for key, value in training.recipe.items() if key != "seed"}
         members.setdefault(json.dumps([training.title, training.base, said], sort_keys=True), []).append((training, aim))
+    for found in members.values():
+        seeds = [one.seed for one, _ in found]
+        if twice := [one.name for one, _ in found if seeds.count(one.seed) > 1]:
+            raise MismatchError(f"{twice[0]} and {twice[1]} are of one recipe and one seed", hint="name each training once")
     rows = [_row(found) for found in members.values()]
     _tell_apart(rows, [found[0][0].recipe for found in members.values()])
     _relate(rows, [found[0][0].sequential for found in members.values()])
@@ -233,7 +243,8 @@ def _tell_apart(rows: Sequence[dict[str, Any]], recipes: Sequence[Mapping[str, A
         keys = [key for key in dict.fromkeys(key for one in flat for key in one)
                 if len({json.dumps(one.get(key)) for one in flat}) > 1 and key != "seed"]
         for index, one in zip(indices, flat, strict=True):
-            rows[index]["name"] += "".join(f", {key.rpartition('.')[2]} {one.get(key)}" for key in keys[:3])
+            told = "".join(f", {key.rpartition('.')[2]} {one.get(key)}" for key in keys[:3])
+            rows[index]["name"] += told or f" ({rows[index]['directories'][0]})"
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
