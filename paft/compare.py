@@ -16,7 +16,7 @@ from paft.errors import NotFoundError, UsageError
 from paft.progress import say
 from paft.provenance import MANIFEST, read_manifest, to_json
 from paft.report.paired import mean_error
-from paft.report.render import to_markdown
+from paft.report.render import escape, to_markdown
 from paft.report.seeds import Row, Study
 from paft.report.seeds_tables import findings, tables, to_csv
 from paft.report.trainings import COST, Group, grouped, read
@@ -75,8 +75,9 @@ def write(found: Study, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(to_json(data), encoding="utf-8")
     (out / "compare.csv").write_text(to_csv(rows), encoding="utf-8")
-    parts = [f"# {data['name']}: {len(found.runs)} seeds", *(f"## {title}\n\n{to_markdown(shown, columns)}"
-             for title, shown, columns in tables(found, rows)), "\n".join(f"- {line}" for line in data["findings"])]
+    parts = [f"# {escape(data['name'])}: seeds {', '.join(map(str, found.seeds))}",
+             "\n".join(f"- {escape(line)}" for line in data["findings"]),
+             *(f"## {escape(title)}\n\n{to_markdown(shown, columns)}" for title, shown, columns in tables(found, rows))]
     (out / "compare.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     save(study_figure(rows, f"{data['name']}, mean of {len(found.runs)} seeds"), out / "compare.png")
     study_page(found, rows, out / "compare.html", data["findings"])

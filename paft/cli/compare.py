@@ -97,7 +97,7 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
         plans = {seed: plan(recipe.model_copy(update={"seed": seed}), place)
                  for seed, place in places(recipe, given["out"], count).items()}
         lines = [f"would run {recipe.name} with {count} seeds into {given['out']}"]
-        lines += [f"  seed {seed}: {len(each['train'])} trainings ({sum(stage['done'] for stage in each['train'])} kept), "
+        lines += [f"  seed {seed}: {sum(stage['done'] for stage in each['train'])} of {len(each['train'])} trainings kept, "
                   f"{len(each['merge'])} merges, about {options.size(each['disk_bytes'])} of disk"
                   for seed, each in plans.items()]
         options.show({str(seed): each for seed, each in plans.items()}, lines, as_json=given["as_json"])
@@ -147,14 +147,14 @@ def _trainings(groups: Sequence[Any], given: dict[str, Any]) -> None:
 def _show(data: dict[str, Any], tables: Sequence[Table], said: Sequence[str], given: dict[str, Any]) -> None:
     """JSON, Markdown or terminal tables on stdout, with the sentences below."""
     from paft.provenance import to_json
-    from paft.report.render import print_table, to_markdown
+    from paft.report.render import escape, print_table, to_markdown
 
     if given["as_json"]:
         click.echo(to_json(data), nl=False)
         return
     if given["markdown"]:
-        parts = [f"**{title}**\n\n" * bool(title) + to_markdown(rows, columns) for title, rows, columns in tables]
-        click.echo("\n".join([*parts, *(f"- {line}" for line in said)]))
+        parts = [f"**{escape(title)}**\n\n" * bool(title) + to_markdown(rows, columns) for title, rows, columns in tables]
+        click.echo("\n".join([*parts, *(f"- {escape(line)}" for line in said)]))
         return
     from rich.console import Console
 

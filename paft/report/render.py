@@ -101,13 +101,14 @@ def print_table(
 
 def to_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """A GitHub table; numbers align right, pipes and line breaks inside a cell are escaped."""
-    head = [_escape(column.header) for column in columns]
+    head = [escape(column.header) for column in columns]
     rule = ["---:" if column.is_number(rows) else "---" for column in columns]
-    body = [[_escape(column.show(row)) for column in columns] for row in rows]
+    body = [[escape(column.show(row)) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body]) + "\n"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text inside Markdown: no markup, no line break, no cell's end."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
