@@ -68,6 +68,15 @@ def test_the_baselines_are_the_better_plain_order_and_dpo_alone(tmp_path: Path) 
     assert [title for title, *_ in short_tables(found, found.rows())] == ["Mean ± standard error over 3 seeds"]
 
 
+def test_specialists_and_sequences_are_found_whatever_their_order(tmp_path: Path) -> None:
+    train = {"l1": {"objective": "sft", "l1": 0.1}, "dpo": {"objective": "dpo"}, "dpo-sft": {"objective": "sft", "on": "dpo"},
+             "sft": {"objective": "sft"}, "sft-dpo": {"objective": "dpo", "on": "l1"}, "mix": {"objective": "sft", "on": "sft"}}
+    losses = {name: LOSSES.get(name, (1.0, 1.0, 1.0)) for name in ("base", "dpo", "dpo-sft", "sft", "sft-dpo", "mix")}
+    found = study([run(tmp_path / "a", 0, losses, {**PIPELINE, "train": train, "merge": {}})])
+    assert (found.alone("sft"), found.alone("dpo"), found.alone("joint")) == ("sft", "dpo", None)
+    assert found.sequences() == ["dpo-sft"]  # not after a sparse stage, not two stages of one objective
+
+
 def test_intervals_are_of_differences_within_each_run(tmp_path: Path) -> None:
     found = seeds(tmp_path, 5)
     vs = by_id(found)["mix"]["vs"]
@@ -120,6 +129,17 @@ def test_words_follow_the_numbers(tmp_path: Path, end: tuple[float, ...], word: 
     assert FEW in said[-1]
 
 
+def test_controls_are_no_merges_to_compare_l1_with(tmp_path: Path) -> None:
+    merge = PIPELINE["merge"]
+    control = {**merge["ties"], "norm_like": "sft-l1"}
+    recipe = {**PIPELINE, "merge": {"pruned": control, "ties": merge["ties"], "ties-l1": merge["ties-l1"]}}
+    found = study([run(tmp_path / str(seed), seed, moved(seed), recipe) for seed in range(3)])
+    pair, other = (found.vs(["ties-l1"], [name], "ideal").mean for name in ("ties", "pruned"))
+    said = findings(found, found.rows())
+    assert any(line.startswith(f"L1 in merges (1 methods with and without): {pair:+.2f} [") for line in said)
+    assert any(line.startswith(f"L1 beside its control (ties-l1 - pruned): {other:+.2f} [") for line in said)
+
+
 def test_an_interval_with_both_signs_claims_nothing(tmp_path: Path) -> None:
     places = [run(tmp_path / str(seed), seed, {**LOSSES, "ties-l1": (1.4, 1.1 + shift, 1.2)})
               for seed, shift in enumerate((-0.3, 0.3, 0.1))]
@@ -165,7 +185,7 @@ def test_runs_that_do_not_fit_are_refused(tmp_path: Path, spoil: Any, error: typ
 
 
 def test_all_is_written_and_the_page_stands_alone_with_names_as_text(tmp_path: Path) -> None:
-    found = study([run(tmp_path / str(seed), seed, moved(seed), {**PIPELINE, "name": ODD}, names={"ties": ODD, "mix": "$x_1$"})
+    found = study([run(tmp_path / str(seed), seed, moved(seed), {**PIPELINE, "name": ODD}, names={"mix": ODD, "ties": "$x_1$"})
                    for seed in range(3)])
     data = write(found, out := tmp_path / "deep" / "out")
     assert {file.name for file in out.iterdir()} == {f"compare.{kind}" for kind in ("md", "json", "csv", "html", "png")}

@@ -43,6 +43,32 @@ def test_gaps_distances_and_costs_by_hand(tmp_path: Path) -> None:
     assert other["ideal"] == pytest.approx(math.hypot(1.0, 0.3)) and "runtime_pct" not in other
 
 
+def test_costs_are_beside_the_sequential_row_of_the_same_lambda(tmp_path: Path) -> None:
+    made = [training(tmp_path / f"{method}{lam}", [START, (1.3, 0.6)], method=method, lam=lam, seconds=seconds)
+            for method, lam, seconds in (("sequential", 0.2, 10), ("sequential", 0.8, 30), ("mix", 0.2, 20), ("mix", 0.8, 60),
+                                         ("mix", 0.5, 40))]
+    found = rows(*made)
+    assert [found[f"Mix, λ {lam}"]["runtime_pct"] for lam in (0.2, 0.8, 0.5)] == pytest.approx([100, 100, 100])
+
+
+def test_the_figure_draws_the_ways_the_front_and_the_ideal_point(tmp_path: Path) -> None:
+    from paft.report.trajectory import training_figure
+
+    ways = {"mix": [START, (3.0, 0.9), (1.5, 0.8)], "alright": [START, (4.0, 0.5), (2.0, 0.4)], "maxright": [START, (2.5, 0.9)]}
+    groups = trainings([training(tmp_path / name, way, method=name, optima=OPTIMA, chosen="DSB") for name, way in ways.items()])
+    figure = training_figure(groups)
+    ways_axes, strip, *bars = figure.axes
+    drawn = {line.get_linestyle(): [] for line in ways_axes.lines} | {"*": []}
+    for line in ways_axes.lines:
+        kind = "*" if line.get_marker() == "*" else line.get_linestyle()
+        drawn[kind].append([tuple(map(float, xy)) for xy in line.get_xydata()])
+    assert drawn["-"] == [list(way) for way in ways.values()]
+    assert drawn["*"] == [[(1.0, 0.2)]] and drawn["--"] == [[(1.5, 0.8), (2.0, 0.4)]]
+    cells = [[int(cell) for cell in image.get_array()[0]] for image in strip.images]
+    assert cells == [[0, 1, 2] * (len(way) - 1) for way in ways.values()]
+    assert [round(bar.get_width(), 6) for bar in bars[0].patches] == [round(group.row["ideal"], 6) for group in groups]
+
+
 def test_what_gaps_are_measured_from(tmp_path: Path) -> None:
     estimated = {"estimated": {"dpo": {"step": 9.0, "held": 0.1}, "sft": {"step": 9.0, "held": 1.0}}, "path": "p"}
     own = training(tmp_path / "own", [START, (2.0, 0.4)], method="maxright", optima=estimated)

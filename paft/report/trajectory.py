@@ -32,9 +32,9 @@ _WIDE = 12.0  # largest over smallest loss from which an axis is logarithmic
 
 
 def training_figure(groups: Sequence[Group]) -> Figure:
-    """The trajectories, the objective of each step, and the costs, one colour a row of the table."""
+    """The trajectories, the objective of each step, and the costs, one colour a method and one marker a λ of it."""
     strips = [(group.label, group.members[0].chosen) for group in groups if group.members[0].chosen]
-    drawn = [group for group in groups if any(one.points for one in group.members)]
+    drawn, styles = [group for group in groups if any(one.points for one in group.members)], _styles(groups)
     rows = [5.2 if drawn else 0.0, 0.5 + 0.26 * len(strips) if strips else 0.0, 0.8 + 0.3 * len(groups)]
     figure = Figure(figsize=(8.0, sum(rows) + 1.1), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,11 +42,10 @@ def training_figure(groups: Sequence[Group]) -> Figure:
     parts = iter(figure.add_gridspec(sum(map(bool, rows)), 1, height_ratios=[row for row in rows if row]))
     entries: list[tuple[Artist, str]] = []
     if drawn:
-        entries = _trajectories(_axes(figure, next(parts)), groups)
+        entries = _trajectories(_axes(figure, next(parts)), groups, styles)
     if strips:
         _strip(_axes(figure, next(parts)), strips)
-    styles = [(group.label, group.row, PALETTE[index % len(PALETTE)]) for index, group in enumerate(groups)]
-    _bars(figure, next(parts), styles)
+    _bars(figure, next(parts), [(group.label, group.row, color) for group, (color, _) in zip(groups, styles, strict=True)])
     if entries:
         legend(figure, entries)
     return figure
@@ -85,10 +84,19 @@ def _axes(figure: Figure, part: Any) -> Axes:
     return axes
 
 
-def _trajectories(axes: Axes, groups: Sequence[Group]) -> list[tuple[Artist, str]]:
+def _styles(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """(colour, marker) of each row; where each method has one row, the markers differ as the colours do."""
+    methods = [group.members[0].title for group in groups]
+    order, found = list(dict.fromkeys(methods)), []
+    for index, method in enumerate(methods):
+        nth = methods[:index].count(method) if len(order) < len(groups) else index
+        found.append((PALETTE[order.index(method) % len(PALETTE)], MARKERS[nth % len(MARKERS)]))
+    return found
+
+
+def _trajectories(axes: Axes, groups: Sequence[Group], styles: Sequence[tuple[str, str]]) -> list[tuple[Artist, str]]:
     entries: list[tuple[Artist, str]] = []
-    for index, group in enumerate(groups):
-        color, marker = PALETTE[index % len(PALETTE)], MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
+    for group, (color, marker) in zip(groups, styles, strict=True):
         for one in (one for one in group.members if one.points):
             x, y = zip(*one.points, strict=True)
             way = axes.plot(x, y, color=color, lw=1.3, alpha=0.6, marker=marker, ms=4, mec="none", zorder=3)[0]
