@@ -33,7 +33,7 @@ Table = tuple[str, list[dict[str, Any]], list[Any]]
 @options.dry_run
 @options.common
 def compare(inputs: tuple[str, ...], **given: Any) -> None:
-    """Put trainings, or the seeds of a pipeline, beside each other.
+    """Put trainings, or seeds of a run, side by side.
 
     Trainings with held-out rows: both objectives, gaps to the optima, ideal distance, time, tokens and memory; --plot
     draws their ways through the objective space. Those that differ in the seed alone become one row, mean ± standard error.
