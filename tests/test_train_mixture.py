@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -54,4 +55,4 @@ def test_the_order_follows_from_the_seed_and_the_epoch() -> None:
 
 def test_kinds_are_mixed_within_an_epoch() -> None:
     kinds = [index >= 500 for index in epochs(500, 500, 0.5, 1)[0]]
-    assert 400 < sum(one != next_ for one, next_ in zip(kinds, kinds[1:], strict=False)) < 600
+    assert 400 < sum(one != next_ for one, next_ in pairwise(kinds)) < 600

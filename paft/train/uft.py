@@ -8,8 +8,8 @@ r = 1 for instruction rows. Feedback rows have r = 1 and 0 for the chosen and th
 from each other), r = 1 or 0 for a label, and a score in [0, 1] as it is. λ is the share of feedback rows among all that are
 trained on, so that the expected loss is λ·L_feedback + (1−λ)·L_instruction (`paft.train.mixture`).
 
-UFT (arXiv 2410.21438; UNA is the same loss without instruction data) trained with β = 0.01, a rate of 3e-5 and λ = 1/2, and did
-best on average with λ from 0.38 to 0.56 (tables 4 and 5). The authors' code scores a whole batch by its first rating and pairs
+UFT (arXiv 2410.21438; UNA is the same loss without instruction data) trained with β = 0.01 and a rate of 3e-5; its best averages
+are at λ = 0.5 and 0.56 (tables 4 and 5, of λ from 0.07). The authors' code scores a whole batch by its first rating and pairs
 single answers with a dummy; here a loss is the same mean over rows at any batch size.
 """
 
