@@ -1,4 +1,4 @@
-"""Every private or half-public name of TRL, transformers and accelerate that the unified loss builds on, with the place that does."""
+"""Every private or half-public name of TRL and transformers that the unified loss builds on, with the place that does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_columns_pass_by_their_names(tiny_base: Path, tmp_path: Path) -> None:
     trainer = ours(tiny_base, tmp_path)
     names = next(iter(trainer.get_train_dataloader())).keys()
     assert {"label", "feedback", "input_ids", "completion_mask"} <= names
-    assert set(vars(DataCollatorForUnpairedPreference(pad_token_id=0))) == set(vars(trainer.data_collator)), "WithKind copies them"
+    assert vars(DataCollatorForUnpairedPreference(pad_token_id=0)).keys() == vars(trainer.data_collator).keys(), "WithKind's"
 
 
 def test_the_order_of_rows_is_asked_of_one_method(tiny_base: Path, tmp_path: Path) -> None:

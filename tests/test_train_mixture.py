@@ -56,3 +56,10 @@ def test_the_order_follows_from_the_seed_and_the_epoch() -> None:
 def test_kinds_are_mixed_within_an_epoch() -> None:
     kinds = [index >= 500 for index in epochs(500, 500, 0.5, 1)[0]]
     assert 400 < sum(one != next_ for one, next_ in pairwise(kinds)) < 600
+
+
+def test_each_pass_over_a_kind_is_in_a_new_order() -> None:
+    """Six of twelve rows an epoch: the first halves of two passes are not the same six."""
+    halves = [{index for index in rows if index >= 12} for rows in epochs(12, 12, 0.25, 4)]
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(12, 24))
+    assert halves[0] != halves[2]

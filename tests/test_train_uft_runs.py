@@ -14,6 +14,7 @@ from uftkit import FEEDBACK, ROWS, TARGETS, explicit, in_float64, ours, rewards,
 
 from paft.data import dataset
 from paft.train import uft
+from paft.train.dense import Start
 from paft.train.l1 import penalty
 from paft.train.mixture import Mixture
 
@@ -96,14 +97,18 @@ def test_the_proximal_step_gives_exact_zeros(tiny_base: Path, tmp_path: Path) ->
 
 
 def test_a_whole_model(tiny_base: Path, tmp_path: Path) -> None:
-    """Nothing is moved yet, so z = 0 and the loss is 1/4 on average over r = 0 and 1; then it falls."""
+    """Nothing is moved yet, so z = 0 and the loss is 1/4 on average over r = 0 and 1; then it falls. Its δ is θ − θ_pre."""
     rows = {"sft": sft_rows(3), "pref": pref_rows(3)}
     options = {"max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1}
-    trainer = ours(tiny_base, tmp_path, rows, full=True, beta=1.0, trainer=options)
+    trainer = ours(tiny_base, tmp_path, rows, full=True, beta=1.0, l1=1e-6, trainer=options)
+    trainer.start = Start(tiny_base, trainer.model)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     assert trainer.ref_model is None and "ref_logps" in trainer.train_dataset.column_names, "no second model in memory"
     trainer.train()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    losses = [record["task_loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[0] == pytest.approx(0.25, rel=1e-4) and losses[-1] < 0.15
+    moved = sum(float((p.detach() - before[name]).abs().sum()) for name, p in trainer.model.named_parameters())
+    assert trainer.sparsity()["l1"] == pytest.approx(moved, rel=1e-4) and moved > 1
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])
