@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from preferencekit import SGD
-from trainkit import distance, factors, identical, pref_rows, sft_rows, start_away_from_zero
+from preferencekit import LORA, SGD
+from trainkit import distance, factors, identical, parts, pref_rows, sft_rows, start_away_from_zero
 from transformers import AutoModelForCausalLM
-from uftkit import FEEDBACK, ROWS, TARGETS, explicit, in_float64, ours, rewards, trained
+from uftkit import FEEDBACK, ROWS, TARGETS, UftRecipe, batch, explicit, in_float64, ours, rewards, trained
 
-from paft.data import dataset
 from paft.train import uft
 from paft.train.dense import Start
 from paft.train.l1 import penalty
 from paft.train.mixture import Mixture
+from paft.train.optima import Optima
 
 EIGHT = {"sft": ROWS["sft"][:4], "pref": [*FEEDBACK[:1], *FEEDBACK[3:5]]}
 
@@ -79,8 +80,9 @@ def test_one_step_is_the_task_gradient_plus_the_penaltys(accumulation: int, tiny
     start, parameters = factors(free), dict(free.model.named_parameters())
     value, norm = penalty(free.model, l1=1.0, l2=0.5)
     slope = dict(zip(start, torch.autograd.grad(value, [parameters[name] for name in start]), strict=True))
-    held = dataset(uft.answers(free.recipe, ROWS))
-    assert free.evaluate(held)["eval_loss"] == bound.evaluate(held)["eval_loss"] > 0
+    free.model.eval(), bound.model.eval()
+    held = [trainer.compute_loss(trainer.model, batch(trainer, range(13))).item() for trainer in (free, bound)]
+    assert held[0] == held[1] > 0 and "l1" not in bound._metrics["train"]
     free.train()
     bound.train()
     assert distance(factors(bound), {name: tensor - 1e-3 * slope[name] for name, tensor in factors(free).items()}) < 1e-6
@@ -94,6 +96,25 @@ def test_the_proximal_step_gives_exact_zeros(tiny_base: Path, tmp_path: Path) ->
     trainer = start_away_from_zero(ours(tiny_base, tmp_path, l1=0.1, l1_solver="proximal", trainer=options))
     trainer.train()
     assert trainer.sparsity()["share_zero"] > 0.1
+
+
+def test_both_objectives_are_measured_on_held_out_rows(tiny_base: Path, tmp_path: Path) -> None:
+    """As for every joint method; gaps where f* is known. The DPO loss starts at ln 2."""
+    rows = {**ROWS, "sft_eval": sft_rows(4, seed=8), "pref_eval": pref_rows(4, seed=9)}
+    options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    recipe = UftRecipe(model=str(tiny_base), lora=LORA, lam=0.25, trainer=options)
+    trainer = uft.build(recipe, *parts(tiny_base), rows, str(tmp_path), None, Optima(held={"dpo": 0.5, "sft": 1.0}), quiet=True)
+    trainer.train()
+    found = [record for record in trainer.state.log_history if "eval_dpo_loss" in record]
+    assert [record["step"] for record in found] == [0, 2, 4]
+    assert found[0]["eval_dpo_loss"] == pytest.approx(math.log(2), rel=1e-4) != found[2]["eval_dpo_loss"]
+    for record in found:
+        dpo, sft = record["eval_dpo_loss"], record["eval_sft_loss"]
+        assert record["eval_loss"] == pytest.approx(0.25 * dpo + 0.75 * sft)
+        assert record["eval_ideal_distance"] == pytest.approx(math.hypot(dpo - 0.5, sft - 1.0))
+    told = trainer.told()
+    assert told["tokens"] == max(record.get("num_tokens", 0) for record in trainer.state.log_history) > 0
+    assert told["seconds"] > 0
 
 
 def test_a_whole_model(tiny_base: Path, tmp_path: Path) -> None:

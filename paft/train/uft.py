@@ -21,23 +21,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
-from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from paft.data import Row, dataset
+from paft.data import Row
 from paft.data.load import one_form
 from paft.errors import MismatchError, UsageError
-from paft.models import load_model
-from paft.train.dense import dense
+from paft.evaluate import Held
+from paft.train import preference
 from paft.train.dpo import PenalisedKTOTrainer
+from paft.train.front import read
+from paft.train.heldout import HeldOut
+from paft.train.joint import EVALUATED
 from paft.train.losses import unpair
 from paft.train.mixture import Mixture
-from paft.train.options import peft_config, trainer_config
 from paft.train.precompute import precompute
-from paft.train.reference import Reference, attach
 
 if TYPE_CHECKING:
     from paft.recipe import JointRecipe
+    from paft.train.optima import Optima
+    from paft.train.reference import Reference
 
 KINDS = ("sft", "pref")
 NAMES = {"sft": "instruction", "pref": "feedback"}
@@ -60,7 +62,7 @@ class WithKind(DataCollatorForUnpairedPreference):
         return {**super().torch_call(examples), "feedback": torch.tensor([each["feedback"] for each in examples])}
 
 
-class UFTTrainer(PenalisedKTOTrainer):
+class Unified(PenalisedKTOTrainer):
     """L = mean over rows of (σ(z) − r)², or their cross-entropy, + penalty: see the module.
 
     Logged, as means over the rows of a record: the losses of either kind, ``uft_sft`` and ``uft_feedback``, and z in
@@ -108,9 +110,29 @@ class UFTTrainer(PenalisedKTOTrainer):
             self._total_train_tokens += int(tokens) if train else 0
         metrics["num_tokens"] = [self._total_train_tokens]
 
+    def told(self) -> dict[str, Any]:
+        """What an evaluation tells beside the losses: tokens trained on, prompts included."""
+        return {"tokens": self._total_train_tokens}
+
+
+class UFTTrainer(HeldOut, Unified):
+    """The unified loss, with both objectives measured on held-out rows."""
+
+
+def on_kto(recipe: JointRecipe) -> JointRecipe:
+    """The recipe with the loss of TRL's that this one stands in for: that without a KL term, which would need rows of its own."""
+    return recipe.model_copy(update={"loss": {"apo_zero_unpaired": 1.0}})
+
 
 def check(recipe: JointRecipe) -> None:
-    """UsageError for an option of KTO that has no use in this loss; loads no model."""
+    """UsageError for settings that have no use in this loss, and for what it cannot do; loads no model."""
+    own = {"max_tokens": "set trainer.max_steps", "streaming": "its rows are drawn by lam and seed, so they have to be counted",
+           "sft_batch_size": "a batch holds both kinds: set trainer.per_device_train_batch_size"}
+    for key, hint in own.items():
+        if getattr(recipe, key):
+            raise UsageError(f"{key} does not go with uft", hint=hint)
+    if recipe.loss != type(recipe).model_fields["loss"].get_default():
+        raise UsageError("uft is a loss itself, so --loss has no use", hint="leave it out; uft_loss is mse or bce")
     for key, hint in REFUSED.items():
         if key in recipe.trainer:
             raise UsageError(f"trainer.{key} has no use with uft", hint=hint)
@@ -144,29 +166,30 @@ def _apart(rows: list[Row]) -> Iterable[Row]:
 
 
 def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str,
-          held: Reference | None = None, *, quiet: bool = False) -> Any:
+          reference: Reference | None = None, optima: Optima | None = None, *, quiet: bool = False) -> Any:
     """A trainer for ``recipe`` on ``rows`` = {"sft": instruction rows, "pref": pairs, labelled or scored rows}.
 
-    Its ``train_dataset`` holds each row once, and an epoch reads that many rows, λ of them feedback. ``held`` is π_ref as in
-    `paft.train.preference.build`. Raises what `check` and `answers` do, and MismatchError where a kind has no row.
+    Its ``train_dataset`` holds each row once, and an epoch reads that many rows, λ of them feedback. With "sft_eval" and
+    "pref_eval" (pairs) both objectives are measured as for every joint method (`paft.train.heldout`). Raises what `check` and
+    `answers` do, and MismatchError where a kind has no row.
     """
     check(recipe)
-    held = held or Reference()
-    args: Any = trainer_config(KTOConfig, recipe, scratch, learning_rate=3e-6 if recipe.full else 3e-5,
-                               loss_type="apo_zero_unpaired", beta=recipe.beta)  # the loss without a KL term: no rows for one
     given = answers(recipe, rows)
     _need(recipe, [row["feedback"] for row in given], "there is none in the data")
-    asked = recipe.trainer.get("precompute_ref_log_probs")
-    args.precompute_ref_log_probs = False  # see paft.train.precompute
-    second = {"ref_model": load_model(held.model, dtype=recipe.dtype)} if held.model else {}
-    make: Any = dense(UFTTrainer) if recipe.full else UFTTrainer
-    trainer = make(model=model, args=args, processing_class=tokenizer, train_dataset=dataset(given),
-                   peft_config=peft_config(recipe), **second)
+    held = Held(rows.get("sft_eval") or [], rows.get("pref_eval") or [], [])
+    if any("chosen" not in row for row in held.pref):
+        raise UsageError("the held-out feedback is no pairs, and the DPO loss is measured on pairs",
+                         hint="pass pairs as --pref-eval-data, or evaluate later")
+    trainer = preference.construct(on_kto(recipe), model, tokenizer, given, unpair(held.pref), scratch, reference,
+                                   kind=UFTTrainer, learning_rate=3e-6 if recipe.full else 3e-5,
+                                   **(EVALUATED if held.pref else {}))
+    trainer.eval_dataset = None  # `HeldOut` has the rows of both objectives
     trainer.data_collator = WithKind(**vars(trainer.data_collator))
-    _need(recipe, trainer.train_dataset["feedback"], f"the prompt alone fills max_length={args.max_length}")
-    trainer.recipe = recipe
-    attach(trainer, held)
-    precompute(trainer, asked, quiet=quiet)
+    _need(recipe, trainer.train_dataset["feedback"], f"the prompt alone fills max_length={trainer.args.max_length}")
+    if held.sft and held.pref:
+        front = read(recipe.stop_front) if recipe.stop_front else None
+        trainer.hold(held, lam=recipe.lam, beta=recipe.beta, optima=optima.held if optima else {}, front=front)
+    precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
     return trainer
 
 
