@@ -150,7 +150,7 @@ def answers(recipe: JointRecipe, rows: dict[str, list[Row]]) -> list[Row]:
     """
     kinds = used(recipe)
     one_form([(f"the {NAMES[kind]} data", rows[kind]) for kind in kinds])
-    found = [{"prompt": row["prompt"], "completion": row["completion"], "label": float(row.get("label", 1)),
+    found = [{"prompt": row["prompt"], "completion": row["completion"], "label": 1.0 if kind == "sft" else float(row["label"]),
               "feedback": kind == "pref"} for kind in kinds for row in _apart(rows[kind])]
     if odd := next((row for row in found if not 0 <= row["label"] <= 1), None):
         raise MismatchError(f"a score is {odd['label']:g}, not a number from 0 to 1", hint="scale the scores to [0, 1]")
