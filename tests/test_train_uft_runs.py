@@ -132,6 +132,18 @@ def test_a_whole_model(tiny_base: Path, tmp_path: Path) -> None:
     assert trainer.sparsity()["l1"] == pytest.approx(moved, rel=1e-4) and moved > 1
 
 
+def test_every_row_of_an_epochs_last_step_is_logged(tiny_base: Path, tmp_path: Path) -> None:
+    """Of 13 rows the second of two steps has micro-batches of 2, 2 and 1."""
+    options = {**SGD, "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = ours(tiny_base, tmp_path, trainer=options)
+    trainer.train()
+    seen = [record["num_tokens"] for record in trainer.state.log_history if "num_tokens" in record]
+    rows = trainer.train_dataset
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
+    order = list(Mixture(rows["feedback"], 0.5, 0, int))
+    assert seen == [sum(lengths[index] for index in order[:end]) for end in (8, 13)]
+
+
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_resumed_is_unbroken(step: int, tiny_base: Path, tmp_path: Path) -> None:
     """Within the first epoch, at its end, and within the second; `Trainer` reads the checkpoint alone."""

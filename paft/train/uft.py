@@ -96,9 +96,13 @@ class Unified(PenalisedKTOTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _note(self, losses: Tensor, rewards: Tensor, inputs: Any) -> None:
-        """One value a row into TRL's lists, which become means over a record's rows; one transfer from the device."""
+        """One value a row into TRL's lists, which become means over a record's rows; one transfer from the device.
+
+        `gather_for_metrics` would cut every micro-batch of an epoch's last step, all of which `Trainer` has fetched by then, to
+        the length of the last one.
+        """
         columns = [losses, rewards, inputs["label"], inputs["feedback"], inputs["attention_mask"].sum(1)]
-        rows = self.accelerator.gather_for_metrics(torch.stack([column.detach().float() for column in columns], dim=1))
+        rows: Any = self.accelerator.gather(torch.stack([column.detach().float() for column in columns], dim=1))
         train = self.model.training
         metrics = self._metrics["train" if train else "eval"]
         for loss, reward, target, feedback, tokens in rows.tolist():
