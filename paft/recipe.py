@@ -105,11 +105,13 @@ class JointRecipe(PreferenceRecipe):
 
     ``max_eval_steps`` is MAXRIGHT's k and ``smoothing`` that of its gaps; ``sft_opt`` and ``dpo_opt`` are f*, or
     ``estimate_optima`` (`paft.train.optima`). ``max_tokens`` is a budget in place of ``trainer.max_steps``. ``stop_front`` ends
-    a training that does as well as the log of another (`paft.train.front`). ``trainer`` takes DPOConfig fields.
+    a training that does as well as the log of another (`paft.train.front`). ``uft_loss`` is UFT's distance of σ(β·log π/π_ref)
+    from the target: squared error (the paper's) or cross-entropy; its ``lam`` is the share of feedback rows among all, a pair
+    counting as two. ``trainer`` takes DPOConfig fields, with UFT those of KTOConfig.
     """
 
     kind: Literal["train-joint"] = "train-joint"
-    method: Literal["mix", "sequential", "alright", "maxright"] = "mix"
+    method: Literal["mix", "sequential", "alright", "maxright", "uft"] = "mix"
     sft_data: Sources | None = None
     pref_data: Sources | None = None
     sft_eval_data: Sources | None = None
@@ -125,6 +127,7 @@ class JointRecipe(PreferenceRecipe):
     estimate_optima: bool = False
     stop_front: str | None = None
     max_tokens: Annotated[int, Field(gt=0)] | None = None
+    uft_loss: Literal["mse", "bce"] = "mse"
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import Trainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference, KTOTrainer
-from uftkit import UftRecipe, ours
+from uftkit import JointRecipe, ours
 
 from paft.errors import UsageError
 from paft.train import uft
@@ -52,6 +52,6 @@ def test_this_loss_type_needs_no_rows_for_a_kl_term(tiny_base: Path, tmp_path: P
 @pytest.mark.parametrize("name", uft.REFUSED)
 def test_what_is_refused_exists(name: str) -> None:
     assert hasattr(KTOConfig(use_cpu=True, bf16=False), name)
-    recipe = UftRecipe(trainer={name: 1})
+    recipe = JointRecipe(trainer={name: 1})
     with pytest.raises(UsageError, match=name):
         uft.check(recipe)

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         "maxright", {"max_eval_steps": 5, "sft_opt": 4.0, "dpo_opt": 0.6, "smoothing": 0.3}, 7),
     "sequential, in its second phase": ("sequential", {"lam": 0.4}, 7),
     "sequential, where the second phase begins": ("sequential", {"lam": 0.5, "order": "sft-dpo"}, 6),
+    "uft": ("uft", {"lam": 0.4, "l1": 1e-4}, 7),
     "tokens": ("alright", {"max_tokens": 400, "trainer": {"max_steps": -1}}, 5),
 }
 

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from trainkit import as_chat, distance, factors, identical, parts, pref_rows, sft_rows, start_away_from_zero
 from transformers import AutoModelForCausalLM
 from trl.trainer.kto_config import KTOConfig
-from uftkit import FEEDBACK, ROWS, TARGETS, UftRecipe, batch, explicit, in_float64, ours, rewards, value_and_gradient
+from uftkit import FEEDBACK, ROWS, TARGETS, JointRecipe, batch, explicit, in_float64, ours, rewards, value_and_gradient
 from variantkit import ARCHITECTURES, wrapped
 
 from paft.data import dataset
@@ -167,4 +167,4 @@ def test_refusals(rows: Any, fields: Any, error: Any, said: str, tiny_base: Path
 
 
 def test_the_recipe_says_which_loss() -> None:
-    assert set(uft.LOSSES) == {"mse", "bce"} and UftRecipe().uft_loss == "mse"
+    assert set(uft.LOSSES) == {"mse", "bce"} and JointRecipe().uft_loss == "mse"

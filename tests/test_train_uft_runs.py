@@ -11,7 +11,7 @@ import torch
 from preferencekit import LORA, SGD
 from trainkit import distance, factors, identical, parts, pref_rows, sft_rows, start_away_from_zero
 from transformers import AutoModelForCausalLM
-from uftkit import FEEDBACK, ROWS, TARGETS, UftRecipe, batch, explicit, in_float64, ours, rewards, trained
+from uftkit import FEEDBACK, ROWS, TARGETS, JointRecipe, batch, explicit, in_float64, ours, rewards, trained
 
 from paft.train import uft
 from paft.train.dense import Start
@@ -102,7 +102,7 @@ def test_both_objectives_are_measured_on_held_out_rows(tiny_base: Path, tmp_path
     """As for every joint method; gaps where f* is known. The DPO loss starts at ln 2."""
     rows = {**ROWS, "sft_eval": sft_rows(4, seed=8), "pref_eval": pref_rows(4, seed=9)}
     options = {"max_steps": 4, "eval_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    recipe = UftRecipe(model=str(tiny_base), lora=LORA, lam=0.25, trainer=options)
+    recipe = JointRecipe(model=str(tiny_base), lora=LORA, lam=0.25, trainer=options)
     trainer = uft.build(recipe, *parts(tiny_base), rows, str(tmp_path), None, Optima(held={"dpo": 0.5, "sft": 1.0}), quiet=True)
     trainer.train()
     found = [record for record in trainer.state.log_history if "eval_dpo_loss" in record]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -20,13 +20,6 @@ from paft.train import uft
 from paft.train.options import lora_config
 from paft.train.reference import Reference
 
-
-class UftRecipe(JointRecipe):
-    """Until `JointRecipe` has the field."""
-
-    uft_loss: Literal["mse", "bce"] = "mse"
-
-
 # Three kinds of feedback: pairs, labels, scores.
 FEEDBACK = [*pref_rows(2, seed=1),
             {"prompt": "the cat", "completion": " is not a dog", "label": False},
@@ -39,7 +32,7 @@ TARGETS = torch.tensor([1, 1, 1, 1, 1, 1, 0, 1, 0, 0, 1, 0.3, 0.5], dtype=torch.
 
 
 def ours(base: Path, scratch: Path, rows: Any = ROWS, *, held: Reference | None = None, **fields: Any) -> Any:
-    recipe = UftRecipe(model=str(base), lora=LORA, **fields)
+    recipe = JointRecipe(model=str(base), lora=LORA, **fields)
     set_seed(recipe.seed)
     return uft.build(recipe, *parts(base), rows, str(scratch), held, quiet=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tempfile
@@ -36,6 +35,7 @@ from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.interleave import Seat, TakeTurns, twin
 from paft.train.l1 import lora_factors, nonlinear_layers
+from paft.train.methods import trainer_of
 from paft.train.metrics import final
 from paft.train.optima import Optima
 from paft.train.options import check_options, check_penalty, lora_config, trainer_config
@@ -63,21 +63,12 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     joint = isinstance(recipe, JointRecipe)
-    steps = budget.foreseen(recipe, args, rows) if joint else _steps(args, len(rows["train"]))
+    steps = trainer_of(recipe).foreseen(recipe, args, rows) if joint else budget.of_epochs(args, len(rows["train"]))
     return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
             "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
             "reference": held, "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
             "recipe": recipe.model_dump()}
-
-
-def _steps(args: Any, rows: int) -> int:
-    """Optimiser steps, as `Trainer` counts them where no row is dropped or packed."""
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = rows / args.per_device_train_batch_size
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
 
 
 def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
@@ -150,7 +141,8 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         note_packing(recipe, quiet=quiet)
         note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
-        count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
+        given = trainer_of(recipe).answers(recipe, rows) if isinstance(recipe, JointRecipe) else rows["train"]
+        count_dropped(trainer, given, quiet)
         _run(trainer, label or out.name, running, quiet, seat)
         metrics = final(trainer, evaluate=bool(evaluated(rows)))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
@@ -177,6 +169,8 @@ def _pairs(rows: Rows) -> Rows:
 def _config_kind(recipe: AnyRecipe) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
+    if isinstance(recipe, JointRecipe):
+        return trainer_of(recipe).config(recipe)
     return losses.family(recipe).load()[1] if isinstance(recipe, PreferenceRecipe) else SFTConfig
 
 
@@ -186,7 +180,7 @@ def check_trainer(recipe: AnyRecipe) -> None:
         losses.check(recipe)
         reference.check(recipe)
     if isinstance(recipe, JointRecipe):
-        losses.check_pairs(recipe)
+        trainer_of(recipe).check(recipe)
         optima.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
     check_penalty(recipe)
@@ -196,7 +190,7 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
            seat: Seat | None) -> Any:
     from transformers import set_seed
 
-    from paft.train import joint, preference, sft
+    from paft.train import preference, sft
 
     keep_reports_quiet(recipe.trainer.get("report_to"))
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
@@ -204,7 +198,7 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
     tokenizer = tokenizer_for(recipe, rows, quiet)
     with _usage(), template_errors(), _named_targets(recipe, twin(seat.base) if seat else start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
-            trainer = joint.build(recipe, model, tokenizer, rows, scratch, held, best, quiet=quiet)
+            trainer = trainer_of(recipe).build(recipe, model, tokenizer, rows, scratch, held, best, quiet=quiet)
         elif isinstance(recipe, DpoRecipe):
             trainer = preference.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch, held, quiet=quiet)
         else:

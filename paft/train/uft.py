@@ -27,12 +27,10 @@ from paft.data import Row
 from paft.data.load import one_form
 from paft.errors import MismatchError, UsageError
 from paft.evaluate import Held
-from paft.train import preference
+from paft.train import budget, losses, preference
 from paft.train.dpo import PenalisedKTOTrainer
 from paft.train.front import read
-from paft.train.heldout import HeldOut
-from paft.train.joint import EVALUATED
-from paft.train.losses import unpair
+from paft.train.heldout import EVALUATED, HeldOut
 from paft.train.mixture import Mixture
 from paft.train.precompute import precompute
 
@@ -128,6 +126,19 @@ def on_kto(recipe: JointRecipe) -> JointRecipe:
     return recipe.model_copy(update={"loss": {"apo_zero_unpaired": 1.0}})
 
 
+ROLE = "scored"
+
+
+def config(recipe: JointRecipe) -> type:
+    """KTOConfig: the loss stands in the place of one of KTO's trainer's."""
+    return losses.family(on_kto(recipe)).load()[1]
+
+
+def foreseen(recipe: JointRecipe, args: Any, rows: dict[str, list[Row]]) -> int:
+    """Steps of the rows of either kind, each once an epoch; λ says in what shares."""
+    return budget.of_epochs(args, len(answers(recipe, rows)))
+
+
 def check(recipe: JointRecipe) -> None:
     """UsageError for settings that have no use in this loss, and for what it cannot do; loads no model."""
     own = {"max_tokens": "set trainer.max_steps", "streaming": "its rows are drawn by lam and seed, so they have to be counted",
@@ -166,7 +177,7 @@ def _apart(rows: list[Row]) -> Iterable[Row]:
         if "prompt" not in row:
             raise UsageError("uft needs instruction rows of prompt and answer, not of plain text",
                              hint="use prompt and completion columns, or conversations")
-        yield from unpair([row]) if "chosen" in row else [row]
+        yield from losses.unpair([row]) if "chosen" in row else [row]
 
 
 def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str,
@@ -184,7 +195,7 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     if any("chosen" not in row for row in held.pref):
         raise UsageError("the held-out feedback is no pairs, and the DPO loss is measured on pairs",
                          hint="pass pairs as --pref-eval-data, or evaluate later")
-    trainer = preference.construct(on_kto(recipe), model, tokenizer, given, unpair(held.pref), scratch, reference,
+    trainer = preference.construct(on_kto(recipe), model, tokenizer, given, losses.unpair(held.pref), scratch, reference,
                                    kind=UFTTrainer, learning_rate=3e-6 if recipe.full else 3e-5,
                                    **(EVALUATED if held.pref else {}))
     trainer.eval_dataset = None  # `HeldOut` has the rows of both objectives
