@@ -2,11 +2,12 @@
 
     python benchmarks/joint_methods.py MODEL --sft chat.jsonl --pref pairs.jsonl [--tokens 16000] [--rows 16] [--work DIR]
 
-Every row is a `paft train-joint` with one seed: LoRA r = 16, alpha = 32, on all linear layers, batch 4 of up to 192 tokens, AdamW,
-2e-4, cosine with 10 % warm-up, λ = 0.5. f* comes from the two objectives alone at the same budget (--estimate-optima), which are rows
-too. A tenth of the prompts is held out by hash, ``--rows`` of either kind are scored at the start, half way and at the end. UFT,
-whose budget is one of steps, gets the steps that make about as many tokens. Rows that exist under ``--work`` are kept. Writes
-benchmarks/joint_methods.json, .md and .png, the last two as `paft compare` does.
+Every row is a `paft train-joint` with one seed: LoRA r = 16, alpha = 32, on all linear layers, batch 4 of up to 192 tokens,
+AdamW, 2e-4, cosine with 10 % warm-up, λ = 0.5; of the data the rows of at most 600 characters, so that few are cut. f* comes
+from the two objectives alone at the same budget (--estimate-optima), which are rows too. A tenth of the prompts is held out by
+hash, ``--rows`` of either kind are scored at the start, half way and at the end. UFT, whose budget is one of steps, gets the
+steps that make about as many tokens. Rows that exist under ``--work`` are kept. Writes benchmarks/joint_methods.json, .md and
+.png, the last two as `paft compare` does.
 """
 
 from __future__ import annotations
@@ -16,18 +17,31 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from adapters import split
+from paft.data import hold_out, load_rows
 
 HERE = Path(__file__).parent
 SETS = ("lora.r=16", "lora.alpha=32", "trainer.max_length=192", "trainer.per_device_train_batch_size=4",
-        "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.save_strategy=no", "trainer.learning_rate=2e-4",
-        "trainer.eval_steps=0.5")
+        "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.save_strategy=no",
+        "trainer.learning_rate=2e-4", "trainer.eval_steps=0.5")
 METHODS = {
     "sequential-dpo-sft": ("sequential", "--order", "dpo-sft"), "sequential-sft-dpo": ("sequential", "--order", "sft-dpo"),
     "mix": ("mix",), "alright": ("alright",), "maxright": ("maxright", "--max-eval-steps", "5"),
     "uft": ("uft", "--beta", "0.1"), "dpo-sft-term": ("alright", "--lam", "1", "--loss", "sigmoid=1,sft=1"),
 }
+
+
+def split(source: Path, role: Any, options: argparse.Namespace) -> tuple[Path, Path]:
+    """Files of training rows and of held-out ones, of those that are short."""
+    short = [row for row in load_rows(str(source), role) if len(json.dumps([row[key] for key in row])) <= 600]
+    kept, held = hold_out(short, 0.1)
+    made = []
+    for name, found in (("train", kept), ("held", held[:options.rows])):
+        file = options.work / f"{role}-{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+        made.append(file)
+    return made[0], made[1]
 
 
 def paft(*words: str) -> None:
@@ -67,7 +81,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("adapters/joint-methods"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    data = {role: split(source, role, options.rows, options.work) for role, source in (("sft", options.sft), ("pref", options.pref))}
+    data = {role: split(getattr(options, role), role, options) for role in ("sft", "pref")}
     made = [train(name, options, data) for name in METHODS]
     (alone,) = options.work.glob("optima-*")
     shown = [str(each) for each in (alone / "sft", alone / "dpo", *made)]
