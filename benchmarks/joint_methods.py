@@ -1,6 +1,6 @@
 """Joint training on real input: every method at one budget of tokens, from one base, on the same rows.
 
-    python benchmarks/joint_methods.py MODEL --sft chat.jsonl --pref pairs.jsonl [--tokens 16000] [--rows 16] [--work DIR]
+    python benchmarks/joint_methods.py MODEL --sft chat.jsonl --pref pairs.jsonl [--tokens 5000] [--rows 12] [--work DIR]
 
 Every row is a `paft train-joint` with one seed: LoRA r = 16, alpha = 32, on all linear layers, batch 4 of up to 192 tokens,
 AdamW, 2e-4, cosine with 10 % warm-up, λ = 0.5; of the data the rows of at most 600 characters, so that few are cut. f* comes
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--sft", type=Path, required=True)
     parser.add_argument("--pref", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=16_000)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=5_000)
+    parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--work", type=Path, default=Path("adapters/joint-methods"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
