@@ -121,6 +121,15 @@ def test_optima_are_estimated_once_for_all_methods(tiny_base: Path, tmp_path: Pa
     assert len(list(tmp_path.glob("optima-*"))) == 2
 
 
+def test_the_reference_is_trained_once(tiny_base: Path, tmp_path: Path) -> None:
+    """Not again for each of the optima, which are measured against the same one."""
+    made = recipe(tiny_base, "alright", estimate_optima=True, reference="chosen-sft")
+    manifest = train(made, tmp_path / "a", rows=ROWS, quiet=True)
+    assert [path.parent.name for path in tmp_path.rglob("reference")] == ["a"]
+    alone = [json.loads(path.read_text())["reference"] for path in tmp_path.glob("optima-*/*/paft.json")]
+    assert [each["content_sha256"] for each in alone] == [manifest["reference"]["content_sha256"]] * 2
+
+
 def test_it_stops_where_an_earlier_training_came_to(tiny_base: Path, tmp_path: Path) -> None:
     quick = {"eval_steps": 1, "learning_rate": 3e-2}
     train(recipe(tiny_base, "alright", trainer=quick), tmp_path / "front", rows=ROWS, quiet=True)

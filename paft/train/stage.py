@@ -105,14 +105,16 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
 
 
 def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, resume: bool = False,
-          quiet: bool = False, label: str | None = None, seat: Seat | None = None) -> dict[str, Any]:
+          quiet: bool = False, label: str | None = None, seat: Seat | None = None,
+          held: reference.Reference | None = None) -> dict[str, Any]:
     """Train one adapter and write it to ``out`` (PEFT format, card, `paft.json`, log.jsonl); returns the manifest.
 
     ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
     plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base. ``resume``
     finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
     an ``out`` that the same recipe, base and data have made already is returned as it is. Under `accelerate launch` every
-    process calls this; the first one writes. With a ``seat`` it takes turns over one base (`paft.train.interleave`).
+    process calls this; the first one writes. With a ``seat`` it takes turns over one base (`paft.train.interleave`);
+    ``held`` is a reference that is prepared already.
     """
     quiet = quiet or not work.leads()
     if not resume:
@@ -129,13 +131,13 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_target(out, overwrite=overwrite)
     with (work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running,
           tempfile.TemporaryDirectory() as scratch):
-        held, best, again = None, Optima(), partial(train, resume=resume, quiet=quiet)
-        if isinstance(recipe, PreferenceRecipe):
+        best, again = Optima(), partial(train, resume=resume, quiet=quiet)
+        if isinstance(recipe, PreferenceRecipe) and held is None:
             held = reference.prepare(recipe, _pairs(rows), running.directory, Path(scratch), again)
         if isinstance(recipe, DpoRecipe):
             rows = losses.shaped(recipe, rows)
         if isinstance(recipe, JointRecipe):
-            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet))
+            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held))
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
         trainer = _build(fit, rows, str(running.directory), held, best, quiet, seat)
         note_packing(recipe, quiet=quiet)
