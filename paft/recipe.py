@@ -164,7 +164,7 @@ class RunData(Strict):
 
 
 class RunMerge(Strict):
-    """One merge of a run. ``density_like`` / ``norm_like``: bring the first delta to that adapter's density or norm."""
+    """One merge of a run. ``density_like`` / ``norm_like``: bring the first delta to that adapter's density or norm first."""
 
     of: list[str]
     method: str
@@ -176,7 +176,10 @@ class RunMerge(Strict):
 
 
 class RunTrain(Strict):
-    """One training stage of a run; what is not said comes from the run's ``defaults`` for its objective."""
+    """One training stage of a run; what is not said comes from the run's ``defaults`` for its objective.
+
+    The keys from ``beta`` on are those of preference training and of joint training.
+    """
 
     objective: Literal["sft", "dpo", "joint"]
     on: str | None = None
@@ -185,7 +188,16 @@ class RunTrain(Strict):
     l1_warmup: Coefficient | None = None
     l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient | None = None
+    beta: Annotated[float, Field(gt=0)] | None = None
+    loss: str | dict[str, Coefficient] | None = None
+    reference: str | None = None
+    method: str | None = None
     lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    order: str | None = None
+    max_eval_steps: Annotated[int, Field(gt=0)] | None = None
+    estimate_optima: bool | None = None
+    uft_loss: str | None = None
+    sft_batch_size: Annotated[int, Field(gt=0)] | None = None
     trainer: dict[str, Any] = {}
     label: str | None = None
 

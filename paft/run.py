@@ -22,6 +22,7 @@ from paft.adapter import concatenate, read_adapter, save_adapter
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
+from paft.merge.extract import Prune, extract
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus, run_graph
 from paft.progress import Progress, say
@@ -208,19 +209,26 @@ def _merge_all(job: Run) -> None:
             sources = [job.adapter(source) for source in entry.of]
             if entry.norm_like:
                 sources[0] = _rescaled(job, entry.of[0], entry.norm_like)
-            parameters = dict(entry.parameters)
             if entry.density_like:
-                kept = 1.0 - sparsity(read_adapter(job.adapter(entry.density_like))).overall.moments.share_scaled
-                parameters["density"] = [max(kept, 1e-6), *[1.0] * (len(entry.of) - 1)]
-            key = _key([entry.method, parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
+                sources[0] = _pruned(job, entry.of[0], entry.density_like)
+            key = _key([entry.method, entry.parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
                        *map(provenance.content_hash, sources))
             if not (keys.get(name) == key and job.merged(name).is_dir() and not provenance.verify(job.merged(name))):
-                merge([str(source) for source in sources], base=job.recipe.model, method=entry.method, parameters=parameters,
+                merge([str(source) for source in sources], base=job.recipe.model, method=entry.method,
+                      parameters=entry.parameters,
                       weights=entry.weights, out=job.merged(name), dtype=job.recipe.merge_dtype, seed=job.recipe.seed,
                       overwrite=True)
                 keys[name] = key
                 store.write_text(json.dumps(keys, indent=1))
             show(done, name)
+
+
+def _pruned(job: Run, name: str, like: str) -> Path:
+    """The delta of ``name`` with as many of each tensor's entries, the largest, as ``like`` has of at least 1e-5."""
+    kept = max(1e-6, 1.0 - sparsity(read_adapter(job.adapter(like))).overall.moments.share_scaled)
+    target = job.out / "rescaled" / f"{name}-pruned-as-{like}"
+    extract(str(job.adapter(name)), out=target, base=job.recipe.model, prune=Prune(kept, None), overwrite=True)
+    return target
 
 
 def _rescaled(job: Run, name: str, like: str) -> Path:
