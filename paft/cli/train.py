@@ -227,7 +227,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     spent = f"{plan['steps']} steps of {plan['batch']} rows" if plan["steps"] else f"{plan['recipe']['max_tokens']} tokens"
     return [f"would {plan['command']} into {plan['out']}", f"  {spent}; the data hold {rows.replace('_', ' ')} rows",
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
-            f"  about {options.size(plan['memory_bytes'])} of memory, before activations",
+            f"  about {options.size(plan['memory_bytes'])} of memory, before activations"
+            + (f"; {options.duration(plan['seconds'])} on this machine" if plan["seconds"] else ""),
             *([f"  reference: {plan['reference']}"] if plan.get("reference") else []),
             *([left] if plan["unfinished"] else [])]
 

@@ -20,7 +20,7 @@ from paft.placement import place
 from paft.progress import say
 from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, PreferenceRecipe, SftRecipe
-from paft.train import artefact, budget, losses, optima, reference, work
+from paft.train import artefact, budget, forecast, losses, optima, reference, work
 from paft.train.checks import (
     check_evaluation,
     check_names,
@@ -56,7 +56,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     _start(recipe)
     held, more = reference.foretell(recipe, out) if isinstance(recipe, PreferenceRecipe) else (None, 0)
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
-    tokenizer_for(recipe, rows, quiet)
+    tokenizer = tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
     width = 0.6 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]  # bytes a parameter of the frozen base
     size = sum(file.stat().st_size for file in tensor_files(base))
@@ -66,8 +66,9 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     steps = trainer_of(recipe).foreseen(recipe, args, rows) if joint else budget.of_epochs(args, len(rows["train"]))
     return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
             "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
-            "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "reference": held, "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
+            "batch": batch, "seconds": round(forecast.seconds(recipe, base, tokenizer, rows, args, steps), 1),
+            "base_bytes": size, "adapter_bytes": 4 * adapter, "reference": held,
+            "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
             "recipe": recipe.model_dump()}
 
 
