@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from clikit import Capture, assert_one_error
 from conftest import AdapterFactory
 from safetensors.torch import load_file, save_file
 from test_report_sparsity import flat
+from trainkit import pref_rows, sft_rows
 
 from paft.cli import invoke
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.merge import extract
 from paft.merge.engine import merge
+from paft.recipe import DpoRecipe, SftRecipe
 from paft.report.norms import norms
 from paft.report.sources import open_source
 from paft.report.sparsity import SparsityReport, sparsity
+from paft.train.stage import train
 
 
 def report(path: Path, base: Path | None = None) -> SparsityReport:
@@ -179,3 +183,13 @@ def test_what_the_files_tell_of_the_training(adapter: Path) -> None:
     assert (about["learning_rate"], about["steps"]) == (5e-7, 9)
     state.write_text("{")
     assert open_source(str(adapter)).about["steps"] == 9
+    for odd in ("[1]", '{"recipe": "x", "metrics": [], "resolved": null}'):
+        (adapter / "paft.json").write_text(odd)
+        assert open_source(str(adapter)).about.keys() == {"base", "rank", "alpha", "rslora"}
+
+
+@pytest.mark.parametrize("kind, rows, rate", [(SftRecipe, sft_rows, 2e-4), (DpoRecipe, pref_rows, 5e-6)])
+def test_a_learning_rate_left_to_its_default_is_told(tiny_base: Path, tmp_path: Path, kind: Any, rows: Any, rate: float) -> None:
+    recipe = kind(model=str(tiny_base), trainer={"max_steps": 1})
+    train(recipe, tmp_path / "a", rows={"train": rows(8), "eval": []}, quiet=True)
+    assert open_source(str(tmp_path / "a")).about["learning_rate"] == rate
