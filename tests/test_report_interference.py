@@ -121,6 +121,17 @@ def test_chance_is_what_unrelated_deltas_show() -> None:
         assert spaces.mean_square == pytest.approx(spaces.chance, rel=0.25)
 
 
+def test_the_chance_cosine_of_loras_that_share_their_inputs() -> None:
+    """Unrelated B on one A: their cosines have the spread that is told, several times that of unrelated inputs."""
+    one, drawn = gaussian(60, 200, 4, seed=1), [gaussian(60, 200, 4, seed=seed) for seed in range(2, 122)]
+    for same, inputs in ((True, 4), (False, 200)):
+        found = [meet([one], [replace(other, A=one.A) if same else other]).overall for other in drawn]
+        spread = math.sqrt(sum(each.cosine**2 for each in found) / len(found))
+        told = math.sqrt(sum(each.cosine_chance**2 for each in found) / len(found))
+        assert spread == pytest.approx(told, rel=0.2)  # three deviations of 120 draws
+        assert told == pytest.approx(1 / math.sqrt(60 * inputs), rel=0.3)
+
+
 @pytest.mark.parametrize("name", ["random", "same", "sparse and dense"])
 def test_principal_angles_are_scipys(name: str) -> None:
     from scipy.linalg import orth, subspace_angles

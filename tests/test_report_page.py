@@ -62,8 +62,9 @@ def checked(path: Path) -> Page:
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
     assert not re.search(r"url\((?!#)|@import", text)
     assert 'content="width=device-width' in text and "@media print" in text
-    ids = re.findall(r'\bid="(m[0-9a-f]{8,}|p[0-9a-f]{8,})"', text)
+    ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids)), "figures share names"
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids), "a figure refers to what is not there"
     return page
 
 

@@ -139,18 +139,35 @@ def foreign(path: Path, kind: str) -> None:
         "nan": lambda: save_file({k: t * np.nan for k, t in load_file(weights).items()}, weights, {"format": "pt"}),
         "stranger": lambda: save_file({"a": torch.ones(2, 2)}, weights, {"format": "pt"}),
         "half": lambda: save_file(dict(list(load_file(weights).items())[1:]), weights, {"format": "pt"}),
+        "pickle": lambda: weights.rename(weights.with_suffix(".bin")),
+        "list": lambda: (path / "adapter_config.json").write_text("[]"),
+        "no number": lambda: spoil(path, r="sixteen"),
+        "pointer": lambda: weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "integers": lambda: save_file({k: t.to(torch.int8) for k, t in load_file(weights).items()}, weights),
     }[kind]()
 
 
 @pytest.mark.parametrize("kind, code", [
     ("ia3", 3), ("prompt", 3), ("no config", 4), ("broken config", 3), ("no weights", 4), ("cut", 3), ("empty", 3),
-    ("nothing", 3), ("nan", 3), ("stranger", 3), ("half", 3),
+    ("nothing", 3), ("nan", 3), ("stranger", 3), ("half", 3), ("pickle", 3), ("list", 3), ("no number", 3),
+    ("pointer", 3), ("integers", 3),
 ])  # fmt: skip
-@pytest.mark.parametrize("command", ["sparsity-report", "interference"])
-def test_what_is_no_lora_is_refused_in_one_line(adapter: Path, kind: str, code: int, command: str, capsys: Capture) -> None:
+@pytest.mark.parametrize("command", [["sparsity-report"], ["sparsity-report", "--fast"], ["interference"]], ids=" ".join)
+def test_what_is_no_lora_is_refused_in_one_line(adapter: Path, kind: str, code: int, command: list[str],
+                                                capsys: Capture) -> None:
     foreign(adapter, kind)
-    found = invoke([command, *[str(adapter)] * (2 if command == "interference" else 1)])
+    found = invoke([*command, *[str(adapter)] * (2 if command == ["interference"] else 1)])
     assert_one_error(capsys, found, code, adapter.name)
+
+
+@pytest.mark.parametrize("spoilt", ["model", "base"])
+def test_a_model_that_is_cut_short_is_refused_in_one_line(tiny_base: Path, tmp_path: Path, spoilt: str, capsys: Capture) -> None:
+    for name in ("model", "base"):
+        shutil.copytree(tiny_base, tmp_path / name)
+    weights = tmp_path / spoilt / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = invoke(["sparsity-report", str(tmp_path / "model"), "--base", str(tmp_path / "base")])
+    assert_one_error(capsys, found, 3, str(weights))
 
 
 def test_the_directory_above_a_checkpoint_points_at_it(adapter: Path, tmp_path: Path) -> None:

@@ -43,6 +43,22 @@ def angles(a: Part, b: Part) -> tuple[Angles, Angles] | None:
     return between(one[1], other[1]), between(one[0], other[0])
 
 
+def turned(a: Part, b: Part) -> float | None:
+    """The variance of ⟨a, b⟩ if b's outputs, or its inputs, were turned at random: the larger of ‖b·aᵀ‖²/m and ‖bᵀ·a‖²/n.
+
+    For spaces in random position both are ‖a‖²‖b‖²/(m·n). Two LoRAs of one seed start from the same A and read the same
+    inputs, which makes chance cosines as large as those of r inputs, not n. None where one is no product.
+    """
+    first, second = a.factors(), b.factors()
+    if first is None or second is None:
+        return None
+    (left, right), (tall, wide) = first, second
+    inputs, outputs = wide @ right.T, tall.T @ left
+    reads = ((tall.T @ tall) @ inputs @ (left.T @ left) * inputs).sum() / len(left)
+    writes = ((wide @ wide.T) @ outputs @ (right @ right.T) * outputs).sum() / right.shape[1]
+    return float(max(reads, writes)) * (a.scale * b.scale) ** 2
+
+
 def bases(pair: Pair) -> Pair | None:
     """Left and right singular vectors of a product, [m, k] and [n, k]; None where it is zero."""
     (tall, upper), (wide, lower) = torch.linalg.qr(pair[0]), torch.linalg.qr(pair[1].T)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 from paft.errors import MismatchError, UsageError
-from paft.report.angles import Angles, angles
+from paft.report.angles import Angles, angles, turned
 from paft.report.overlap import Overlap, overlap
 from paft.report.passes import Progress, each
 from paft.report.scan import scan
@@ -170,7 +170,8 @@ class _Pair:
         for part in (self.a, self.b):
             held = scan(part.rows, part.columns, part.blocks(), abs(part.scale), 1.0).histogram.holding(0.9)
             d90.append(held.value if held else 0.0)
-        found = overlap(self.a.tiled(), self.b.tiled(), density)
+        found, chance = overlap(self.a.tiled(), self.b.tiled(), density), turned(self.a, self.b)
+        found = found if chance is None else replace(found, chance=chance)
         return Meeting(self.name, self.a.layer, self.a.kind, found, (d90[0], d90[1]), angles(self.a, self.b))
 
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from paft.merge.jit import CHUNK, jit
 from paft.report.histogram import BINS, FIRST, SHIFT
-from paft.report.overlap import A_YIELDS, AGAINST, IN_A, IN_B, KEPT_A, KEPT_B, LANES
 
 _LAST = BINS - 1
+_LANES = 4
 
 
 @jit
@@ -80,7 +80,7 @@ def add_pair(a, b, limit_a, limit_b, table):
             x, y = a[row, first : first + CHUNK], b[row, first : first + CHUNK]
             _classify(x, y, limit_a, limit_b, place)
             for j in range(x.shape[0]):
-                k, lane = place[j], j % LANES
+                k, lane = place[j], j % _LANES
                 u, v = np.float64(x[j]), np.float64(y[j])
                 table[k, lane, 0] += 1.0
                 table[k, lane, 1] += u * u
@@ -90,12 +90,12 @@ def add_pair(a, b, limit_a, limit_b, table):
 
 @jit
 def _classify(x, y, limit_a, limit_b, place):
+    """The classes of `overlap`, bit by bit in its order."""
     for j in range(x.shape[0]):
         u, v = x[j], y[j]
         p, q = abs(u), abs(v)
         in_a, in_b = u != 0, v != 0
-        k = np.int32(in_a) * np.int32(IN_A) + np.int32(in_b) * np.int32(IN_B)
-        k += np.int32(in_a & (p >= limit_a)) * np.int32(KEPT_A) + np.int32(in_b & (q >= limit_b)) * np.int32(KEPT_B)
-        k += np.int32(in_a & in_b & ((u > 0) != (v > 0))) * np.int32(AGAINST)
-        k += np.int32((p < q) | ((p == q) & (u < 0))) * np.int32(A_YIELDS)
-        place[j] = k
+        k = np.int32(in_a) + (np.int32(in_b) << 1)
+        k += (np.int32(in_a & (p >= limit_a)) << 2) + (np.int32(in_b & (q >= limit_b)) << 3)
+        k += np.int32(in_a & in_b & ((u > 0) != (v > 0))) << 4
+        place[j] = k + (np.int32((p < q) | ((p == q) & (u < 0))) << 5)
