@@ -24,8 +24,10 @@ td:first-child { position: sticky; left: 0; background: #fff; min-width: 8.5rem;
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .875rem; } summary { cursor: pointer; padding: .4rem 0; }
 @media screen { figure svg { min-width: 34rem; } }
+@media (min-width: 50rem) { td:first-child { min-width: 11.5rem; } }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } .wide { overflow: visible; }
+  figure svg { max-height: 12cm; }
 }
 """
 _LAYERS = ("The share below the threshold, by layer (Figure 2 of the PAFT paper). Dashed: what a Gaussian of the same rms would "
