@@ -24,7 +24,6 @@ from paft.errors import MismatchError, UsageError
 from paft.report.angles import Angles, angles, turned
 from paft.report.overlap import Overlap, overlap
 from paft.report.passes import Progress, each
-from paft.report.scan import scan
 from paft.report.sources import Part, Source
 
 SCHEMA = 1
@@ -166,11 +165,9 @@ class _Pair:
         return self.a.entries
 
     def meet(self, density: float) -> Meeting:
-        d90 = []
-        for part in (self.a, self.b):
-            held = scan(part.rows, part.columns, part.blocks(), abs(part.scale), 1.0).histogram.holding(0.9)
-            d90.append(held.value if held else 0.0)
-        found, chance = overlap(self.a.tiled(), self.b.tiled(), density), turned(self.a, self.b)
+        found, sizes = overlap(self.a.tiled(), self.b.tiled(), density)
+        d90 = [held.value if (held := each.holding(0.9)) else 0.0 for each in sizes]
+        chance = turned(self.a, self.b)
         found = found if chance is None else replace(found, chance=chance)
         return Meeting(self.name, self.a.layer, self.a.kind, found, (d90[0], d90[1]), angles(self.a, self.b))
 

@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from paft.delta import Tiled, spans
+from paft.delta import Tiled, fill, spans
 from paft.merge.select import FUSED_FROM, select
+from paft.report.histogram import Histogram
+from paft.report.scan import Scan
 
 IN_A, IN_B, KEPT_A, KEPT_B, AGAINST, A_YIELDS = 1, 2, 4, 8, 16, 32
 CLASSES, LANES = 64, 4  # entries take the lanes in turn, so that two sums in a row do not wait for each other
@@ -60,8 +63,11 @@ class Overlap:
         return Overlap(*(value + getattr(other, key) for key, value in vars(self).items()))
 
 
-def overlap(a: Tiled, b: Tiled, density: float) -> Overlap:
-    """One pass for each k-th largest magnitude, then one over both; k = max(1, int(density·entries)), as TIES counts."""
+def overlap(a: Tiled, b: Tiled, density: float) -> tuple[Overlap, tuple[Histogram, Histogram]]:
+    """One pass for each k-th largest magnitude, then one over both; k = max(1, int(density·entries)), as TIES counts.
+
+    The last one also finds where the magnitudes of each lie.
+    """
     entries = a.rows * a.columns
     keep = max(1, int(density * entries))
     limits = [np.float32(select(each, keep).value) for each in (a, b)]
@@ -69,9 +75,14 @@ def overlap(a: Tiled, b: Tiled, density: float) -> Overlap:
     if entries >= FUSED_FROM:
         from paft.report.kernels import add_pair as add
     table = np.zeros((CLASSES, LANES, 4))
+    scans = Scan(a.rows, a.columns), Scan(a.rows, a.columns)
+    buffers = torch.empty(2, min(a.step, a.rows), a.columns)
     for start, stop in spans(a):
-        add(a.tile(start, stop).numpy(), b.tile(start, stop).numpy(), *limits, table)
-    return _of_classes(entries, table.sum(axis=1))
+        tiles = [fill(place[: stop - start], each, start, stop).numpy() for place, each in zip(buffers, (a, b), strict=True)]
+        add(*tiles, *limits, table)
+        for found, tile in zip(scans, tiles, strict=True):
+            found.add(start, 0, tile, 1.0, 1.0)
+    return _of_classes(entries, table.sum(axis=1)), (scans[0].histogram, scans[1].histogram)
 
 
 def plain(a: np.ndarray, b: np.ndarray, limit_a: np.float32, limit_b: np.float32, table: np.ndarray) -> None:
