@@ -26,6 +26,7 @@ COMMANDS = {
     "sparsity-report": ["sparsity-report", "sft"],
     "sparsity-report --fast": ["sparsity-report", "sft", "--fast"],
     "interference": ["interference", "sft", "dpo"],
+    "interference --fast": ["interference", "sft", "dpo", "--fast"],
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from clikit import Capture, World
 from conftest import AdapterFactory
-from test_report_sparsity import Factors, Source, block_sparse, gaussian
+from test_report_sparsity import Factors, Source, block_sparse, dead_rank, gaussian, huge_range, one_entry
 
 from paft.cli import invoke
 from paft.errors import MismatchError, UsageError
@@ -47,6 +47,9 @@ PAIRS = {
     "same": (gaussian(seed=1), gaussian(seed=1)),
     "opposed": (gaussian(seed=1), replace(gaussian(seed=1), scale=-0.5)),
     "one is zero": (gaussian(seed=1), Factors(gaussian().A, torch.zeros(48, 8))),
+    "huge scale range": (huge_range(), gaussian(seed=2)),
+    "one entry": (one_entry(), gaussian(20, 30, 4, seed=2)),
+    "ranks dead": (dead_rank(), gaussian(seed=2)),
 }
 
 
@@ -72,6 +75,17 @@ def test_every_number_equals_the_dense_one(name: str, density: float) -> None:
     for x, y, voted in ((a, b, found.voted_away[0]), (b, a, found.voted_away[1])):
         loses = fight & (np.abs(x) < np.abs(y))
         assert voted == pytest.approx(float((x[loses] ** 2).sum() / (x**2).sum()) if x.any() else 0.0, **near)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_the_factors_tell_alone_is_what_the_passes_find(name: str) -> None:
+    one, other = (from_factors(Source("x", {"layers.0.q": each})) for each in PAIRS[name])
+    quick, whole = interference(one, other, fast=True), interference(one, other)
+    told, found = quick.overall.to_dict(), whole.overall.to_dict()
+    for key in ("entries", "cosine", "cosine_chance", "frobenius", "row_spaces", "column_spaces"):
+        near = pytest.approx(found[key], rel=1e-5, abs=1e-7) if isinstance(found[key], float | list) else found[key]
+        assert told[key] == near
+    assert math.isnan(told["overlap"]) and quick.to_dict()["worst_layers"] == []
 
 
 @pytest.mark.parametrize("width", [1, 33, 700])
@@ -212,3 +226,8 @@ def test_the_command_prints_a_table_json_and_markdown(
     assert invoke(["interference", *pair, "--markdown"]) == 0
     assert "| cosine |" in capsys.readouterr().out
     assert invoke(["interference", pair[0]]) == 2
+    capsys.readouterr()
+    assert invoke(["interference", *pair, "--fast", "--by", "layer"]) == 0
+    out = capsys.readouterr().out
+    assert "cosine" in out and "nan" not in out and "next:" not in out
+    assert invoke(["interference", *pair, "--fast", "--html", "x.html"]) == 2

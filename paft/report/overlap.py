@@ -35,7 +35,8 @@ class Overlap:
 
     ``both_a`` is the energy of a where both are not 0, ``conflict_a`` that where the signs differ; ``lost_a`` is the energy
     of a's kept entries that lose the vote. ``chance`` is Σ over tensors of energy_a·energy_b/entries: the variance of
-    ``dot`` if one of the two were turned at random. ``expected_both`` is what ``kept_both`` would be by chance.
+    ``dot`` if one of the two were turned at random (`interference` puts that of `angles.turned` in its place).
+    ``expected_both`` is what ``kept_both`` would be by chance.
     """
 
     entries: int
