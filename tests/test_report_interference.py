@@ -66,6 +66,8 @@ def test_every_number_equals_the_dense_one(name: str, density: float) -> None:
     assert data["sign_conflict"] == pytest.approx(against[both].mean() if both.any() else 0.0, **near)
     shares = [float((x[against] ** 2).sum() / (x**2).sum()) if x.any() else 0.0 for x in (a, b)]
     assert found.in_conflict == pytest.approx(sum(shares) / 2, **near)
+    met = [float((x[both] ** 2).sum() / (x**2).sum()) if x.any() else 0.0 for x in (a, b)]
+    assert found.in_conflict_chance == pytest.approx(sum(met) / 4, **near)
     kept_a, kept_b = top(a, density), top(b, density)
     fewer = min(kept_a.sum(), kept_b.sum())
     assert data["overlap"] == pytest.approx((kept_a & kept_b).sum() / fewer if fewer else 0.0, **near)
