@@ -19,7 +19,8 @@ SIZE = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    return {"sft": write_rows(tmp_path / "s.jsonl", sft_rows(30, answer=None)), "pref": write_rows(tmp_path / "p.jsonl", pref_rows(30))}
+    sft, pref = sft_rows(30, answer=None), pref_rows(30)
+    return {"sft": write_rows(tmp_path / "s.jsonl", sft), "pref": write_rows(tmp_path / "p.jsonl", pref)}
 
 
 def work(recipe: Any, tmp_path: Path, patch: pytest.MonkeyPatch) -> float:
@@ -29,12 +30,14 @@ def work(recipe: Any, tmp_path: Path, patch: pytest.MonkeyPatch) -> float:
     return plan(recipe, tmp_path / "x", quiet=True)["seconds"] / recipe.trainer["max_steps"] / parameters(Path(recipe.model))
 
 
-def test_tokens_and_passes_are_counted(tiny_base: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_and_passes_are_counted(
+    tiny_base: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: dict[str, Any] = {"model": str(tiny_base), "trainer": SIZE}
     sft = work(SftRecipe(**model, data=files["sft"]), tmp_path, monkeypatch)
-    manifest = train(JointRecipe(**{**model, "trainer": {**SIZE, "max_steps": 200}}, method="alright", lam=0.0, sft_data=files["sft"],
-                                 pref_data=files["pref"]), tmp_path / "a", quiet=True)
-    tokens = manifest["metrics"]["tokens"] / 200  # of a step of six rows
+    longer: dict[str, Any] = {"model": str(tiny_base), "trainer": {**SIZE, "max_steps": 200}, "method": "alright", "lam": 0.0}
+    recipe = JointRecipe(**longer, sft_data=files["sft"], pref_data=files["pref"])
+    tokens = train(recipe, tmp_path / "a", quiet=True)["metrics"]["tokens"] / 200  # of a step of six rows
     assert sft == pytest.approx(4 * tokens, rel=0.02)
     dpo = work(DpoRecipe(**model, data=files["pref"]), tmp_path, monkeypatch)
     orpo = work(DpoRecipe(**model, data=files["pref"], loss="orpo"), tmp_path, monkeypatch)  # type: ignore[arg-type]
