@@ -30,9 +30,10 @@ from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
+from paft.train import losses
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.reference import named_hash
-from paft.train.stage import start_model, train
+from paft.train.stage import costs, start_model, train
 from paft.train.work import PLACES
 
 Rows = dict[str, list[data.Row]]
@@ -101,15 +102,27 @@ def _execute(job: Run, started: float) -> dict[str, Any]:
                         wall_s=round(time.monotonic() - started, 1))
 
 
-def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
-    """What `run` would do: stages, rows, disk; nothing is written and no model is loaded."""
+def plan(recipe: RunRecipe, out: Path, *, workers: int | None = None) -> dict[str, Any]:
+    """What `run` would do: stages, rows, disk, and seconds and memory of the trainings; nothing is written, no model is loaded.
+
+    ``seconds`` are those of the trainings that are not there yet, side by side as ``workers`` allow; a sequence takes longer.
+    """
     check(recipe)
-    job = Run(recipe, out)
+    job = Run(recipe, out, quiet=True)
     _read_data(job)
     size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
+    stages, workers = [], workers or _default_workers(recipe)
+    for name, stage in recipe.train.items():
+        alone = stage_recipe(recipe, name, out).model_copy(update={"on": None})
+        cost = costs(alone, losses.shaped(alone, _rows(job, stage.objective)) if isinstance(alone, DpoRecipe)
+                     else _rows(job, stage.objective), quiet=True)
+        stages.append({"name": name, "on": stage.on, "done": _is_done(job, name), "seconds": cost["seconds"],
+                       "memory_bytes": cost["memory_bytes"]})
+    left = [stage["seconds"] for stage in stages if not stage["done"]]
     return {"out": str(out), "model": recipe.model, "base_bytes": size, "disk_bytes": size * len(recipe.merge),
             "rows": {"sft": {k: len(v) for k, v in job.sft.items()}, "pref": {k: len(v) for k, v in job.pref.items()}},
-            "train": [{"name": name, "on": stage.on, "done": _is_done(job, name)} for name, stage in recipe.train.items()],
+            "train": stages, "workers": workers, "seconds": round(max([sum(left) / workers, *left], default=0.0), 1),
+            "memory_bytes": sum(sorted((stage["memory_bytes"] for stage in stages), reverse=True)[:workers]),
             "merge": list(recipe.merge), "evaluate": 1 + len(recipe.train) + len(recipe.merge)}
 
 

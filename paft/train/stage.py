@@ -52,24 +52,29 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     check_trainer(recipe)
     rows = load(recipe, quiet)
     check_evaluation(recipe, rows)
-    base = resolve_base(require(recipe.model, "--model"))
+    require(recipe.model, "--model")
     _start(recipe)
     held, more = reference.foretell(recipe, out) if isinstance(recipe, PreferenceRecipe) else (None, 0)
+    found = costs(recipe, rows, quiet=quiet)
+    return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
+            "rows": {name: len(each) for name, each in rows.items()}, "reference": held, **found,
+            "memory_bytes": found["memory_bytes"] + more, "recipe": recipe.model_dump()}
+
+
+def costs(recipe: AnyRecipe, rows: Rows, *, quiet: bool = False) -> dict[str, Any]:
+    """Steps, seconds (`paft.train.forecast`) and bytes of a training on ``rows``; the reference's memory is not among them."""
+    base = resolve_base(require(recipe.model, "--model"))
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
     tokenizer = tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
     width = 0.6 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]  # bytes a parameter of the frozen base
-    size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     joint = isinstance(recipe, JointRecipe)
     steps = trainer_of(recipe).foreseen(recipe, args, rows) if joint else budget.of_epochs(args, len(rows["train"]))
-    return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
-            "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
-            "batch": batch, "seconds": round(forecast.seconds(recipe, base, tokenizer, rows, args, steps), 1),
-            "base_bytes": size, "adapter_bytes": 4 * adapter, "reference": held,
-            "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
-            "recipe": recipe.model_dump()}
+    return {"steps": steps, "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            "seconds": round(forecast.seconds(recipe, base, tokenizer, rows, args, steps), 1),
+            "base_bytes": sum(file.stat().st_size for file in tensor_files(base)), "adapter_bytes": 4 * adapter,
+            "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter}
 
 
 def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
