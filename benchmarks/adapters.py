@@ -3,9 +3,10 @@
     python benchmarks/adapters.py MODEL --sft chat.jsonl --pref pairs.jsonl [--steps 15] [--rows 40] [-o benchmarks/adapters.json]
 
 Every row is a `paft train-sft` or `paft train-dpo` on the same rows in the same order (one seed), LoRA r = 16, alpha = 32, on all
-linear layers, batch 4 of up to 256 tokens, AdamW, cosine with 10 % warm-up, 2e-4 (SFT) and 5e-5 (DPO). A tenth of the prompts
-is held out by hash, ``--rows`` of them are scored: cross-entropy per answer token for SFT, DPO's loss and accuracy for DPO.
-"base" is the same command with a learning rate of 0. Rows that exist under ``--work`` are kept.
+linear layers, batch 4 of up to 256 tokens, AdamW, cosine with 10 % warm-up, 2e-4 (SFT) and 5e-5 (DPO; a second one has 5e-6, the
+same data in the same order: what the learning rate alone does to a delta). A tenth of the prompts is held out by hash, ``--rows``
+of them are scored: cross-entropy per answer token for SFT, DPO's loss and accuracy for DPO. "base" is
+the same command with a learning rate of 0. Rows that exist under ``--work`` are kept.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def stages() -> dict[str, tuple[str, list[str]]]:
     for solver in ("subgradient", "proximal"):
         for lam in LAMBDAS:
             found[f"SFT, {solver}, λ = {lam}"] = ("train-sft", ["--l1", lam, "--l1-solver", solver])
-    return {**found, "base, DPO": ("train-dpo", ["--set", "trainer.learning_rate=0"]), "DPO": ("train-dpo", [])}
+    return {**found, "base, DPO": ("train-dpo", ["--set", "trainer.learning_rate=0"]), "DPO": ("train-dpo", []),
+            "DPO, 5e-6": ("train-dpo", ["--set", "trainer.learning_rate=5e-6"])}
 
 
 def split(source: Path, role: Any, rows: int, work: Path) -> tuple[Path, Path]:

@@ -1,11 +1,12 @@
 """Time and memory of the reports on one adapter (or two), each command in a process of its own; and the report of real adapters.
 
     python benchmarks/report.py CHECKPOINT [--repeat 1] [-o benchmarks/report.json]
-    python benchmarks/report.py --adapters A B ... [--pair A B] [-o benchmarks/report]
+    python benchmarks/report.py --adapters A B ... [--meet A B ...] [-o benchmarks/smollm2]
 
 CHECKPOINT holds sft/ and dpo/ (two LoRA adapters; `benchmarks/merge.py` has the same layout). The times are of whole commands,
-imports included, kernels compiled before. With --adapters the sparsity report of all of them is written to OUT.html and OUT.json,
-its figure to OUT.png, and the interference of --pair to OUT-interference.*, to be kept beside this file.
+imports included, kernels compiled before. With --adapters the sparsity report of all of them is written to OUT.html and OUT.json
+(without its lists of tensors, which the page has), its figure to OUT.png, and the interference of each two in --meet to
+OUT-interference.*.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COMMANDS = {
     "sparsity-report": ["sparsity-report", "sft"],
     "sparsity-report --fast": ["sparsity-report", "sft", "--fast"],
     "interference": ["interference", "sft", "dpo"],
+    "interference --fast": ["interference", "sft", "dpo", "--fast"],
 }
 
 
@@ -55,15 +57,19 @@ def timed(checkpoint: Path, repeat: int, out: Path) -> None:
     out.write_text(json.dumps({**store, checkpoint.name: record}, indent=1) + "\n")
 
 
-def reported(adapters: list[str], pair: list[str] | None, out: Path) -> None:
-    """The committed report: HTML, JSON and figure of ``adapters``, and of ``pair`` how the two meet."""
+def reported(adapters: list[str], meet: list[str] | None, out: Path) -> None:
+    """The committed report: HTML, JSON and figure of ``adapters``, and of ``meet`` how each two meet."""
     jobs = [(["sparsity-report", *adapters], out)]
-    if pair:
-        jobs.append((["interference", *pair], out.with_name(f"{out.name}-interference")))
+    if meet:
+        jobs.append((["interference", *meet], out.with_name(f"{out.name}-interference")))
     for line, target in jobs:
         files = ["--html", str(target.with_suffix(".html")), "--plot", str(target.with_suffix(".png"))]
         done = subprocess.run([sys.executable, "-c", PAFT, *line, *files, "--json"], check=True, stdout=subprocess.PIPE)
-        target.with_suffix(".json").write_bytes(done.stdout)
+        reports = [{key: value for key, value in report.items() if key != "tensors"} for report in json.loads(done.stdout)]
+        for report in reports:
+            if base := report.get("about", {}).get("base"):
+                report["about"]["base"] = Path(base).name  # of a base in a directory, that of this machine
+        target.with_suffix(".json").write_text(json.dumps(reports, indent=0, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -71,11 +77,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--adapters", nargs="+")
-    parser.add_argument("--pair", nargs=2)
+    parser.add_argument("--meet", nargs="+")
     parser.add_argument("-o", "--out", type=Path, default=None)
     options = parser.parse_args()
     if options.adapters:
-        reported(options.adapters, options.pair, options.out or Path(__file__).with_suffix(""))
+        reported(options.adapters, options.meet, options.out or Path(__file__).with_name("smollm2"))
     elif options.checkpoint:
         timed(options.checkpoint, options.repeat, options.out or Path(__file__).with_suffix(".json"))
     else:

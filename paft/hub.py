@@ -28,7 +28,7 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
     if path.is_dir():
         return path
     if path.exists():
-        raise MismatchError(f"{name} is a file; a {kind} is a directory", hint="name the directory that holds it")
+        raise MismatchError(f"{name} is a file, not a directory with the {kind}", hint="name the directory that holds it")
     if name.split(":")[0] == "demo":
         bases = demo_bases()
         if name == "demo" and bases:

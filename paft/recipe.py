@@ -105,11 +105,13 @@ class JointRecipe(PreferenceRecipe):
 
     ``max_eval_steps`` is MAXRIGHT's k and ``smoothing`` that of its gaps; ``sft_opt`` and ``dpo_opt`` are f*, or
     ``estimate_optima`` (`paft.train.optima`). ``max_tokens`` is a budget in place of ``trainer.max_steps``. ``stop_front`` ends
-    a training that does as well as the log of another (`paft.train.front`). ``trainer`` takes DPOConfig fields.
+    a training that does as well as the log of another (`paft.train.front`). ``uft_loss`` is UFT's distance of σ(β·log π/π_ref)
+    from the target: squared error (the paper's) or cross-entropy; its ``lam`` is the share of feedback rows among all, a pair
+    counting as two. ``trainer`` takes DPOConfig fields, with UFT those of KTOConfig.
     """
 
     kind: Literal["train-joint"] = "train-joint"
-    method: Literal["mix", "sequential", "alright", "maxright"] = "mix"
+    method: Literal["mix", "sequential", "alright", "maxright", "uft"] = "mix"
     sft_data: Sources | None = None
     pref_data: Sources | None = None
     sft_eval_data: Sources | None = None
@@ -125,6 +127,7 @@ class JointRecipe(PreferenceRecipe):
     estimate_optima: bool = False
     stop_front: str | None = None
     max_tokens: Annotated[int, Field(gt=0)] | None = None
+    uft_loss: Literal["mse", "bce"] = "mse"
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
 
 
@@ -161,7 +164,7 @@ class RunData(Strict):
 
 
 class RunMerge(Strict):
-    """One merge of a run. ``density_like`` / ``norm_like``: bring the first delta to that adapter's density or norm."""
+    """One merge of a run. ``density_like`` / ``norm_like``: bring the first delta to that adapter's density or norm first."""
 
     of: list[str]
     method: str
@@ -173,7 +176,10 @@ class RunMerge(Strict):
 
 
 class RunTrain(Strict):
-    """One training stage of a run; what is not said comes from the run's ``defaults`` for its objective."""
+    """One training stage of a run; what is not said comes from the run's ``defaults`` for its objective.
+
+    The keys from ``beta`` on are those of preference training and of joint training.
+    """
 
     objective: Literal["sft", "dpo", "joint"]
     on: str | None = None
@@ -182,7 +188,16 @@ class RunTrain(Strict):
     l1_warmup: Coefficient | None = None
     l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient | None = None
+    beta: Annotated[float, Field(gt=0)] | None = None
+    loss: str | dict[str, Coefficient] | None = None
+    reference: str | None = None
+    method: str | None = None
     lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    order: str | None = None
+    max_eval_steps: Annotated[int, Field(gt=0)] | None = None
+    estimate_optima: bool | None = None
+    uft_loss: str | None = None
+    sft_batch_size: Annotated[int, Field(gt=0)] | None = None
     trainer: dict[str, Any] = {}
     label: str | None = None
 

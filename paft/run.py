@@ -22,6 +22,7 @@ from paft.adapter import concatenate, read_adapter, save_adapter
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
+from paft.merge.extract import Prune, extract
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus, run_graph
 from paft.progress import Progress, say
@@ -29,9 +30,10 @@ from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
+from paft.train import losses
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.reference import named_hash
-from paft.train.stage import start_model, train
+from paft.train.stage import costs, start_model, train
 from paft.train.work import PLACES
 
 Rows = dict[str, list[data.Row]]
@@ -100,15 +102,27 @@ def _execute(job: Run, started: float) -> dict[str, Any]:
                         wall_s=round(time.monotonic() - started, 1))
 
 
-def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
-    """What `run` would do: stages, rows, disk; nothing is written and no model is loaded."""
+def plan(recipe: RunRecipe, out: Path, *, workers: int | None = None) -> dict[str, Any]:
+    """What `run` would do: stages, rows, disk, and seconds and memory of the trainings; nothing is written, no model is loaded.
+
+    ``seconds`` are those of the trainings that are not there yet, side by side as ``workers`` allow; a sequence takes longer.
+    """
     check(recipe)
-    job = Run(recipe, out)
+    job = Run(recipe, out, quiet=True)
     _read_data(job)
     size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
+    stages, workers = [], workers or _default_workers(recipe)
+    for name, stage in recipe.train.items():
+        alone = stage_recipe(recipe, name, out).model_copy(update={"on": None})
+        cost = costs(alone, losses.shaped(alone, _rows(job, stage.objective)) if isinstance(alone, DpoRecipe)
+                     else _rows(job, stage.objective), quiet=True)
+        stages.append({"name": name, "on": stage.on, "done": _is_done(job, name), "seconds": cost["seconds"],
+                       "memory_bytes": cost["memory_bytes"]})
+    left = [stage["seconds"] for stage in stages if not stage["done"]]
     return {"out": str(out), "model": recipe.model, "base_bytes": size, "disk_bytes": size * len(recipe.merge),
             "rows": {"sft": {k: len(v) for k, v in job.sft.items()}, "pref": {k: len(v) for k, v in job.pref.items()}},
-            "train": [{"name": name, "on": stage.on, "done": _is_done(job, name)} for name, stage in recipe.train.items()],
+            "train": stages, "workers": workers, "seconds": round(max([sum(left) / workers, *left], default=0.0), 1),
+            "memory_bytes": sum(sorted((stage["memory_bytes"] for stage in stages), reverse=True)[:workers]),
             "merge": list(recipe.merge), "evaluate": 1 + len(recipe.train) + len(recipe.merge)}
 
 
@@ -208,19 +222,26 @@ def _merge_all(job: Run) -> None:
             sources = [job.adapter(source) for source in entry.of]
             if entry.norm_like:
                 sources[0] = _rescaled(job, entry.of[0], entry.norm_like)
-            parameters = dict(entry.parameters)
             if entry.density_like:
-                kept = 1.0 - sparsity(read_adapter(job.adapter(entry.density_like))).overall.moments.share_scaled
-                parameters["density"] = [max(kept, 1e-6), *[1.0] * (len(entry.of) - 1)]
-            key = _key([entry.method, parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
+                sources[0] = _pruned(job, entry.of[0], entry.density_like)
+            key = _key([entry.method, entry.parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
                        *map(provenance.content_hash, sources))
             if not (keys.get(name) == key and job.merged(name).is_dir() and not provenance.verify(job.merged(name))):
-                merge([str(source) for source in sources], base=job.recipe.model, method=entry.method, parameters=parameters,
+                merge([str(source) for source in sources], base=job.recipe.model, method=entry.method,
+                      parameters=entry.parameters,
                       weights=entry.weights, out=job.merged(name), dtype=job.recipe.merge_dtype, seed=job.recipe.seed,
                       overwrite=True)
                 keys[name] = key
                 store.write_text(json.dumps(keys, indent=1))
             show(done, name)
+
+
+def _pruned(job: Run, name: str, like: str) -> Path:
+    """The delta of ``name`` with as many of each tensor's entries, the largest, as ``like`` has of at least 1e-5."""
+    kept = max(1e-6, 1.0 - sparsity(read_adapter(job.adapter(like))).overall.moments.share_scaled)
+    target = job.out / "rescaled" / f"{name}-pruned-as-{like}"
+    extract(str(job.adapter(name)), out=target, base=job.recipe.model, prune=Prune(kept, None), overwrite=True)
+    return target
 
 
 def _rescaled(job: Run, name: str, like: str) -> Path:

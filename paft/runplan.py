@@ -10,8 +10,8 @@ from paft.merge.settings import Settings, native
 from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Sources, Splits, TrainRecipe, validate
 from paft.train.stage import check_trainer
 
-RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "eval_fraction", "columns", "streaming",
-            "on_bad_row", "chat_template")
+RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "sft_eval_data", "pref_eval_data",
+            "eval_fraction", "columns", "sft_columns", "pref_columns", "streaming", "on_bad_row", "chat_template")
 
 
 def check(recipe: RunRecipe) -> None:
@@ -64,7 +64,7 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     """The full recipe of one training stage: the defaults of its objective, then what the stage says."""
     stage = recipe.train[name]
     base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
-    keys = ("l1", "l1_solver", "l1_warmup", "l1_target_sparsity", "l2", "lam")
+    keys = stage.model_fields_set - {"objective", "on", "trainer", "label"}
     said = {key: getattr(stage, key) for key in keys if getattr(stage, key) is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
     said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from clikit import World
 from conftest import AdapterFactory
 
 from paft.cli import invoke
@@ -63,6 +64,21 @@ def test_merging(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, 
     for arguments in found:
         assert invoke([*arguments, "--overwrite"]) == 0, (arguments, capsys.readouterr().err)
         assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+def test_reports(tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line of the block on reports, on tiny adapters under the names that it uses."""
+    world = World(tiny_base, make_adapter, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("sft", world.one), ("dpo", world.two), ("org/base", tiny_base)):
+        shutil.copytree(path, name)
+    found = commands(block_with("paft interference sft dpo"))
+    assert len(found) == 4
+    for arguments in found:
+        assert invoke(arguments) == 0, (arguments, capsys.readouterr().err)
+        assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+    assert all(Path(name).is_file() for name in ("report.html", "layers.png", "meeting.html"))
 
 
 def test_every_file_and_method_that_it_names_exists() -> None:

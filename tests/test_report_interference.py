@@ -12,7 +12,7 @@ import pytest
 import torch
 from clikit import Capture, World
 from conftest import AdapterFactory
-from test_report_sparsity import Factors, Source, block_sparse, gaussian
+from test_report_sparsity import Factors, Source, block_sparse, dead_rank, gaussian, huge_range, one_entry
 
 from paft.cli import invoke
 from paft.errors import MismatchError, UsageError
@@ -20,7 +20,7 @@ from paft.report import interference_tables
 from paft.report.advice import advise
 from paft.report.angles import angles
 from paft.report.interference import Interference, interference
-from paft.report.overlap import FIELDS, plain
+from paft.report.overlap import CLASSES, LANES, plain
 from paft.report.sources import from_factors
 
 NAMES = [f"model.layers.{layer}.{kind}" for layer in range(3) for kind in ("self_attn.q_proj", "mlp.up_proj")]
@@ -47,6 +47,9 @@ PAIRS = {
     "same": (gaussian(seed=1), gaussian(seed=1)),
     "opposed": (gaussian(seed=1), replace(gaussian(seed=1), scale=-0.5)),
     "one is zero": (gaussian(seed=1), Factors(gaussian().A, torch.zeros(48, 8))),
+    "huge scale range": (huge_range(), gaussian(seed=2)),
+    "one entry": (one_entry(), gaussian(20, 30, 4, seed=2)),
+    "ranks dead": (dead_rank(), gaussian(seed=2)),
 }
 
 
@@ -63,6 +66,8 @@ def test_every_number_equals_the_dense_one(name: str, density: float) -> None:
     assert data["sign_conflict"] == pytest.approx(against[both].mean() if both.any() else 0.0, **near)
     shares = [float((x[against] ** 2).sum() / (x**2).sum()) if x.any() else 0.0 for x in (a, b)]
     assert found.in_conflict == pytest.approx(sum(shares) / 2, **near)
+    met = [float((x[both] ** 2).sum() / (x**2).sum()) if x.any() else 0.0 for x in (a, b)]
+    assert found.in_conflict_chance == pytest.approx(sum(met) / 4, **near)
     kept_a, kept_b = top(a, density), top(b, density)
     fewer = min(kept_a.sum(), kept_b.sum())
     assert data["overlap"] == pytest.approx((kept_a & kept_b).sum() / fewer if fewer else 0.0, **near)
@@ -74,6 +79,17 @@ def test_every_number_equals_the_dense_one(name: str, density: float) -> None:
         assert voted == pytest.approx(float((x[loses] ** 2).sum() / (x**2).sum()) if x.any() else 0.0, **near)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_the_factors_tell_alone_is_what_the_passes_find(name: str) -> None:
+    one, other = (from_factors(Source("x", {"layers.0.q": each})) for each in PAIRS[name])
+    quick, whole = interference(one, other, fast=True), interference(one, other)
+    told, found = quick.overall.to_dict(), whole.overall.to_dict()
+    for key in ("entries", "cosine", "cosine_chance", "frobenius", "row_spaces", "column_spaces"):
+        near = pytest.approx(found[key], rel=1e-5, abs=1e-7) if isinstance(found[key], float | list) else found[key]
+        assert told[key] == near
+    assert math.isnan(told["overlap"]) and quick.to_dict()["worst_layers"] == []
+
+
 @pytest.mark.parametrize("width", [1, 33, 700])
 def test_the_compiled_pass_equals_the_plain_one(width: int) -> None:
     from paft.report.kernels import add_pair
@@ -82,11 +98,11 @@ def test_the_compiled_pass_equals_the_plain_one(width: int) -> None:
     a, b = (random.standard_normal((7, width)).astype(np.float32) for _ in range(2))
     a[2], b[:, ::5] = 0, 0
     b[4] = -a[4]  # equal magnitudes of opposite sign
-    one, other = np.zeros(len(FIELDS)), np.zeros(len(FIELDS))
-    for add, sums in ((plain, one), (add_pair, other)):
-        add(a, b, np.float32(0.5), np.float32(0.9), sums)
-        add(a, b, np.float32(0), np.float32(0), sums)
-    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    one, other = np.zeros((2, CLASSES, LANES, 4))
+    for add, table in ((plain, one), (add_pair, other)):
+        add(a, b, np.float32(0.5), np.float32(0.9), table)
+        add(a, b, np.float32(0), np.float32(0), table)
+    np.testing.assert_allclose(one.sum(axis=1), other.sum(axis=1), rtol=1e-12, atol=1e-12)
 
 
 def test_what_ties_keeps_and_votes_away_is_what_it_merges() -> None:
@@ -119,6 +135,17 @@ def test_chance_is_what_unrelated_deltas_show() -> None:
     for spaces, size in ((overall.rows, 300), (overall.columns, 400)):
         assert spaces and spaces.chance == pytest.approx(8 / size)
         assert spaces.mean_square == pytest.approx(spaces.chance, rel=0.25)
+
+
+def test_the_chance_cosine_of_loras_that_share_their_inputs() -> None:
+    """Unrelated B on one A: their cosines have the spread that is told, several times that of unrelated inputs."""
+    one, drawn = gaussian(60, 200, 4, seed=1), [gaussian(60, 200, 4, seed=seed) for seed in range(2, 122)]
+    for same, inputs in ((True, 4), (False, 200)):
+        found = [meet([one], [replace(other, A=one.A) if same else other]).overall for other in drawn]
+        spread = math.sqrt(sum(each.cosine**2 for each in found) / len(found))
+        told = math.sqrt(sum(each.cosine_chance**2 for each in found) / len(found))
+        assert spread == pytest.approx(told, rel=0.2)  # three deviations of 120 draws
+        assert told == pytest.approx(1 / math.sqrt(60 * inputs), rel=0.3)
 
 
 @pytest.mark.parametrize("name", ["random", "same", "sparse and dense"])
@@ -201,3 +228,8 @@ def test_the_command_prints_a_table_json_and_markdown(
     assert invoke(["interference", *pair, "--markdown"]) == 0
     assert "| cosine |" in capsys.readouterr().out
     assert invoke(["interference", pair[0]]) == 2
+    capsys.readouterr()
+    assert invoke(["interference", *pair, "--fast", "--by", "layer"]) == 0
+    out = capsys.readouterr().out
+    assert "cosine" in out and "nan" not in out and "next:" not in out
+    assert invoke(["interference", *pair, "--fast", "--html", "x.html"]) == 2

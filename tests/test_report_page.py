@@ -62,8 +62,9 @@ def checked(path: Path) -> Page:
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
     assert not re.search(r"url\((?!#)|@import", text)
     assert 'content="width=device-width' in text and "@media print" in text
-    ids = re.findall(r'\bid="(m[0-9a-f]{8,}|p[0-9a-f]{8,})"', text)
+    ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids)), "figures share names"
+    assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids), "a figure refers to what is not there"
     return page
 
 
@@ -96,12 +97,13 @@ def keys(data: Any) -> set[str]:
     return set(data) | set().union(*map(keys, data.values())) if data else set()
 
 
-@pytest.mark.parametrize("line", [["sparsity-report"], ["sparsity-report", "--fast"], ["interference"]], ids=" ".join)
+@pytest.mark.parametrize("line", [["sparsity-report"], ["sparsity-report", "--fast"], ["interference"],
+                                  ["interference", "--fast"]], ids=" ".join)
 def test_every_key_of_the_json_is_documented(world: World, capsys: Capture, line: list[str]) -> None:
     assert invoke([*line, str(world.one), str(world.two), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     documented = SCHEMA.read_text(encoding="utf-8")
-    head = {"sparsity-report": "sparsity", "interference": "interference"}[line[0]] if len(line) == 1 else "norms"
+    head = {"sparsity-report": "sparsity", "sparsity-report --fast": "norms"}.get(" ".join(line), "interference")
     assert data[0]["kind"] == head
     assert f'`"kind": "{head}"`, `"schema": {data[0]["schema"]}`' in documented
     assert not {key for key in keys(data) if f"`{key}`" not in documented}

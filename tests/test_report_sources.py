@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from clikit import Capture, assert_one_error
 from conftest import AdapterFactory
 from safetensors.torch import load_file, save_file
 from test_report_sparsity import flat
+from trainkit import pref_rows, sft_rows
 
 from paft.cli import invoke
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.merge import extract
 from paft.merge.engine import merge
+from paft.recipe import DpoRecipe, SftRecipe
 from paft.report.norms import norms
 from paft.report.sources import open_source
 from paft.report.sparsity import SparsityReport, sparsity
+from paft.train.stage import train
 
 
 def report(path: Path, base: Path | None = None) -> SparsityReport:
@@ -135,18 +139,35 @@ def foreign(path: Path, kind: str) -> None:
         "nan": lambda: save_file({k: t * np.nan for k, t in load_file(weights).items()}, weights, {"format": "pt"}),
         "stranger": lambda: save_file({"a": torch.ones(2, 2)}, weights, {"format": "pt"}),
         "half": lambda: save_file(dict(list(load_file(weights).items())[1:]), weights, {"format": "pt"}),
+        "pickle": lambda: weights.rename(weights.with_suffix(".bin")),
+        "list": lambda: (path / "adapter_config.json").write_text("[]"),
+        "no number": lambda: spoil(path, r="sixteen"),
+        "pointer": lambda: weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "integers": lambda: save_file({k: t.to(torch.int8) for k, t in load_file(weights).items()}, weights),
     }[kind]()
 
 
 @pytest.mark.parametrize("kind, code", [
     ("ia3", 3), ("prompt", 3), ("no config", 4), ("broken config", 3), ("no weights", 4), ("cut", 3), ("empty", 3),
-    ("nothing", 3), ("nan", 3), ("stranger", 3), ("half", 3),
+    ("nothing", 3), ("nan", 3), ("stranger", 3), ("half", 3), ("pickle", 3), ("list", 3), ("no number", 3),
+    ("pointer", 3), ("integers", 3),
 ])  # fmt: skip
-@pytest.mark.parametrize("command", ["sparsity-report", "interference"])
-def test_what_is_no_lora_is_refused_in_one_line(adapter: Path, kind: str, code: int, command: str, capsys: Capture) -> None:
+@pytest.mark.parametrize("command", [["sparsity-report"], ["sparsity-report", "--fast"], ["interference"]], ids=" ".join)
+def test_what_is_no_lora_is_refused_in_one_line(adapter: Path, kind: str, code: int, command: list[str],
+                                                capsys: Capture) -> None:
     foreign(adapter, kind)
-    found = invoke([command, *[str(adapter)] * (2 if command == "interference" else 1)])
+    found = invoke([*command, *[str(adapter)] * (2 if command == ["interference"] else 1)])
     assert_one_error(capsys, found, code, adapter.name)
+
+
+@pytest.mark.parametrize("spoilt", ["model", "base"])
+def test_a_model_that_is_cut_short_is_refused_in_one_line(tiny_base: Path, tmp_path: Path, spoilt: str, capsys: Capture) -> None:
+    for name in ("model", "base"):
+        shutil.copytree(tiny_base, tmp_path / name)
+    weights = tmp_path / spoilt / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    found = invoke(["sparsity-report", str(tmp_path / "model"), "--base", str(tmp_path / "base")])
+    assert_one_error(capsys, found, 3, str(weights))
 
 
 def test_the_directory_above_a_checkpoint_points_at_it(adapter: Path, tmp_path: Path) -> None:
@@ -179,3 +200,13 @@ def test_what_the_files_tell_of_the_training(adapter: Path) -> None:
     assert (about["learning_rate"], about["steps"]) == (5e-7, 9)
     state.write_text("{")
     assert open_source(str(adapter)).about["steps"] == 9
+    for odd in ("[1]", '{"recipe": "x", "metrics": [], "resolved": null}'):
+        (adapter / "paft.json").write_text(odd)
+        assert open_source(str(adapter)).about.keys() == {"base", "rank", "alpha", "rslora"}
+
+
+@pytest.mark.parametrize("kind, rows, rate", [(SftRecipe, sft_rows, 2e-4), (DpoRecipe, pref_rows, 5e-6)])
+def test_a_learning_rate_left_to_its_default_is_told(tiny_base: Path, tmp_path: Path, kind: Any, rows: Any, rate: float) -> None:
+    recipe = kind(model=str(tiny_base), trainer={"max_steps": 1})
+    train(recipe, tmp_path / "a", rows={"train": rows(8), "eval": []}, quiet=True)
+    assert open_source(str(tmp_path / "a")).about["learning_rate"] == rate

@@ -73,10 +73,28 @@ def negative_scale() -> Factors:
     return Factors(dense.A, dense.B, -1.5)
 
 
+def dead_rank() -> Factors:
+    """Three ranks that add nothing: a zero row of A, a zero column of B, and both."""
+    dense = gaussian()
+    a, b = dense.A.clone(), dense.B.clone()
+    a[2], b[:, 4], a[5], b[:, 5] = 0, 0, 0, 0
+    return Factors(a, b, dense.scale)
+
+
+def independent(law: str) -> Factors:
+    """Entries drawn one by one, as a product with the identity."""
+    generator = torch.Generator().manual_seed(4)
+    drawn = torch.randn(48, 80, generator=generator)
+    if law == "laplace":  # as a difference of exponentials
+        drawn = -torch.log1p(-torch.rand(48, 80, generator=generator)) + torch.log1p(-torch.rand(48, 80, generator=generator))
+    return Factors(drawn * 1e-5, torch.eye(48))
+
+
 CASES: dict[str, Callable[[], Factors]] = {
     "random": gaussian, "all zero": all_zero, "one entry": one_entry, "block-sparse": block_sparse,
     "huge scale range": huge_range, "rank one": lambda: gaussian(r=1), "negative scale": negative_scale,
-    "scale zero": lambda: gaussian(scale=0.0), "one by one": lambda: gaussian(1, 1, 1),
+    "scale zero": lambda: gaussian(scale=0.0), "one by one": lambda: gaussian(1, 1, 1), "ranks dead": dead_rank,
+    "Gaussian": lambda: independent("gaussian"), "Laplace": lambda: independent("laplace"),
 }  # fmt: skip
 
 

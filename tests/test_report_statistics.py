@@ -155,6 +155,7 @@ def test_the_spectrum_is_the_dense_svd(case: str) -> None:
     part = from_factors(Source("a", {"layers.0.q": factors})).parts[0]
     found = spectrum(part)
     assert found is not None
+    assert found.dead == sum(not (factors.A[k].any() and factors.B[:, k].any()) for k in range(factors.A.shape[0]))
     exact = np.linalg.svd((factors.scale * (factors.B.double() @ factors.A.double())).numpy(), compute_uv=False)
     if not exact[0]:
         assert found.spectral == found.stable == found.effective == 0

@@ -126,9 +126,9 @@ def test_controls_have_the_density_and_the_norm_of_what_they_control(pipeline: P
     def moments(name: str) -> Any:
         return sparsity(read_adapter(pipeline.out / "adapters" / name)).overall.moments
 
-    pruned = read_manifest(pipeline.out / "merges" / "pruned")
+    pruned = read_manifest(pipeline.out / "rescaled" / "sft-pruned-as-sft-l1")
     assert pruned
-    assert pruned["recipe"]["parameters"]["density"] == [pytest.approx(1 - moments("sft-l1").share_scaled), 1.0]
+    assert pruned["recipe"]["keep_largest"] == pytest.approx(1 - moments("sft-l1").share_scaled)
     shrunk = sparsity(read_adapter(pipeline.out / "rescaled" / "sft-as-sft-l1")).overall.moments
     assert shrunk.frobenius == pytest.approx(moments("sft-l1").frobenius, rel=1e-6)
     assert shrunk.l1 / shrunk.frobenius == pytest.approx(moments("sft").l1 / moments("sft").frobenius, rel=1e-6)

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         "maxright", {"max_eval_steps": 5, "sft_opt": 4.0, "dpo_opt": 0.6, "smoothing": 0.3}, 7),
     "sequential, in its second phase": ("sequential", {"lam": 0.4}, 7),
     "sequential, where the second phase begins": ("sequential", {"lam": 0.5, "order": "sft-dpo"}, 6),
+    "uft": ("uft", {"lam": 0.4, "l1": 1e-4}, 7),
     "tokens": ("alright", {"max_tokens": 400, "trainer": {"max_steps": -1}}, 5),
 }
 
@@ -118,6 +119,15 @@ def test_optima_are_estimated_once_for_all_methods(tiny_base: Path, tmp_path: Pa
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()} == times
     train(recipe(tiny_base, "mix", estimate_optima=True), tmp_path / "three", rows={**ROWS, "sft": sft_rows(12)}, quiet=True)
     assert len(list(tmp_path.glob("optima-*"))) == 2
+
+
+def test_the_reference_is_trained_once(tiny_base: Path, tmp_path: Path) -> None:
+    """Not again for each of the optima, which are measured against the same one."""
+    made = recipe(tiny_base, "alright", estimate_optima=True, reference="chosen-sft")
+    manifest = train(made, tmp_path / "a", rows=ROWS, quiet=True)
+    assert [path.parent.name for path in tmp_path.rglob("reference")] == ["a"]
+    alone = [json.loads(path.read_text())["reference"] for path in tmp_path.glob("optima-*/*/paft.json")]
+    assert [each["content_sha256"] for each in alone] == [manifest["reference"]["content_sha256"]] * 2
 
 
 def test_it_stops_where_an_earlier_training_came_to(tiny_base: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def sparsity_report(adapters: tuple[str, ...], **given: Any) -> None:
 @click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=0.2, show_default=True, metavar="SHARE",
               help="The share of entries that TIES would keep.")
 @by_option
+@click.option("--fast", is_flag=True, help="Cosines, norms and angles from the factors alone, in seconds.")
 @outputs
 @options.allow_base_mismatch
 @options.common
@@ -107,6 +108,8 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
     """
     if len(adapters) < 2:
         raise UsageError("interference is between two", hint="paft interference ADAPTER ADAPTER")
+    if given["fast"] and (given["plot"] or given["html"]):
+        raise UsageError("--fast looks at the factors alone: no --plot or --html", hint="leave out --fast")
     _check_figure(given["plot"])
 
     from itertools import combinations
@@ -122,11 +125,15 @@ def interference(adapters: tuple[str, ...], **given: Any) -> None:
     sources = open_sources(adapters, given["base"], allow_base_mismatch=given["allow_base_mismatch"])
     paths = dict(zip([source.name for source in sources], adapters, strict=True))
     with _Bars(given["quiet"]) as bars:
-        found = [measure(a, b, density=given["density"], progress=bars(f"{a.name}, {b.name}"))
+        found = [measure(a, b, density=given["density"], fast=given["fast"], progress=bars(f"{a.name}, {b.name}"))
                  for a, b in combinations(sources, 2)]
     tables: list[Table] = [(None, *summary(pair)) for pair in found]
     if given["by"]:
         tables += [(" and ".join(pair.names), *breakdown(pair, given["by"])) for pair in found]
+    if given["fast"]:
+        said = ["From the factors alone: without --fast come signs, overlaps, TIES and what to try."]
+        _show([pair.to_dict() for pair in found], tables, said, given)
+        return
     advice = [advise(pair, paths) for pair in found]
     said = [f"{' and '.join(pair.names)}: " * (len(found) > 1) + line
             for pair, each in zip(found, advice, strict=True) for line in (worst(pair), *each.lines)]

@@ -53,7 +53,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
     if dry_run:
         if not resume:
             check_target(target, overwrite=overwrite, in_place=True)
-        plan = pipeline.plan(resolved, target)
+        plan = pipeline.plan(resolved, target, workers=1 if share_base else workers)
         options.show(plan, _plan_lines(plan), as_json=as_json)
         return
     say(f"paft run {resolved.name}: {len(resolved.train)} adapters, {len(resolved.merge)} merges, base {resolved.model}, "
@@ -92,6 +92,11 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     rows = ", ".join(f"{kind} {' / '.join(str(counts[split]) for split in ('train', 'validation', 'test'))}"
                      for kind, counts in plan["rows"].items())
     lines.append(f"rows (train / validation / test): {rows}")
+    left = sum(not stage["done"] for stage in plan["train"])
+    if left:
+        side = f", {min(left, plan['workers'])} side by side" if min(left, plan["workers"]) > 1 else ""
+        lines.append(f"trainings: {options.duration(plan['seconds'])} on this machine{side}, "
+                     f"{options.size(plan['memory_bytes'])} of memory")
     lines += options.hang([("merges:", f"{', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")])
     return lines
 

@@ -106,10 +106,10 @@ def _loss(text: str | None) -> str | dict[str, float] | None:
 
 
 JOINT = options.stack(
-    click.option("--method", type=click.Choice(["mix", "sequential", "alright", "maxright"]),
+    click.option("--method", type=click.Choice(["mix", "sequential", "alright", "maxright", "uft"]),
                  help="How the objectives share the steps  [default: mix]."),
     click.option("--lam", metavar="NUMBER", type=click.FloatRange(0, 1),
-                 help="λ weights DPO: in a sum, as the share of the steps, or of the gap  [default: 0.5]."),
+                 help="λ weights DPO: in a sum, as share of the steps, of the gap, or of the rows (uft)  [default: 0.5]."),
     click.option("--order", type=click.Choice(["dpo-sft", "sft-dpo"]), help="Of sequential  [default: dpo-sft]."),
     click.option("--max-eval-steps", metavar="K", type=click.IntRange(1),
                  help="maxright: evaluate both objectives every K steps  [default: 10]."),
@@ -120,6 +120,7 @@ JOINT = options.stack(
     click.option("--estimate-optima", is_flag=True, default=None,
                  help="Train each objective alone first, at the same budget; kept beside the output for the next time."),
     click.option("--stop-front", metavar="DIR", help="Stop when no worse than the evaluations of this earlier training."),
+    click.option("--uft-loss", type=click.Choice(["mse", "bce"]), help="uft: squared error or cross-entropy  [default: mse]."),
     click.option("--max-tokens", metavar="NUMBER", type=click.IntRange(1), help="Budget in tokens, not steps."),
 )
 JOINT_DATA = options.stack(
@@ -140,7 +141,8 @@ def train_joint(**given: Any) -> None:
     """Train both objectives in one process, to compare with.
 
     mix: a weighted sum in each step. sequential: one after the other. alright: a coin picks one. maxright: the one that
-    is farther from its optimum. With held-out rows both objectives are measured ten times; `paft compare` shows them.
+    is farther from its optimum. uft: one loss for both, whose feedback may also be labels or scores from 0 to 1. With
+    held-out rows both objectives are measured ten times; `paft compare` shows them.
 
     \b
     paft train-joint -m demo --sft-data demo:sft --pref-data demo:pref \\
@@ -225,7 +227,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     spent = f"{plan['steps']} steps of {plan['batch']} rows" if plan["steps"] else f"{plan['recipe']['max_tokens']} tokens"
     return [f"would {plan['command']} into {plan['out']}", f"  {spent}; the data hold {rows.replace('_', ' ')} rows",
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
-            f"  about {options.size(plan['memory_bytes'])} of memory, before activations",
+            f"  about {options.size(plan['memory_bytes'])} of memory, before activations"
+            + (f"; {options.duration(plan['seconds'])} on this machine" if plan["seconds"] else ""),
             *([f"  reference: {plan['reference']}"] if plan.get("reference") else []),
             *([left] if plan["unfinished"] else [])]
 

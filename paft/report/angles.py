@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from paft.errors import UsageError
 from paft.report.sources import Pair, Part
 
 _NEGLIGIBLE = 1e-6
@@ -41,6 +42,34 @@ def angles(a: Part, b: Part) -> tuple[Angles, Angles] | None:
     if one is None or other is None:
         return None
     return between(one[1], other[1]), between(one[0], other[0])
+
+
+def turned(a: Part, b: Part) -> float | None:
+    """The variance of ⟨a, b⟩ if b's outputs, or its inputs, were turned at random: the larger of ‖b·aᵀ‖²/m and ‖bᵀ·a‖²/n.
+
+    For spaces in random position both are ‖a‖²‖b‖²/(m·n). Two LoRAs of one seed start from the same A and read the same
+    inputs, which makes chance cosines as large as those of r inputs, not n. None where one is no product.
+    """
+    first, second = a.factors(), b.factors()
+    if first is None or second is None:
+        return None
+    (left, right), (tall, wide) = first, second
+    inputs, outputs = wide @ right.T, tall.T @ left
+    reads = ((tall.T @ tall) @ inputs @ (left.T @ left) * inputs).sum() / len(left)
+    writes = ((wide @ wide.T) @ outputs @ (right @ right.T) * outputs).sum() / right.shape[1]
+    return float(max(reads, writes)) * (a.scale * b.scale) ** 2
+
+
+def products(a: Part, b: Part) -> tuple[float, float, float]:
+    """(⟨a, b⟩, ‖a‖², ‖b‖²) from r x r Gram matrices: ⟨B·A, D·C⟩ = Σ (BᵀD) ⊙ (A·Cᵀ). UsageError where one is no product."""
+    first, second = a.factors(), b.factors()
+    if first is None or second is None:
+        raise UsageError(f"{a.name} has no factors", hint="leave out --fast")
+
+    def inner(one: Pair, other: Pair) -> float:
+        return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
+
+    return a.scale * b.scale * inner(first, second), a.scale**2 * inner(first, first), b.scale**2 * inner(second, second)
 
 
 def bases(pair: Pair) -> Pair | None:

@@ -1,6 +1,7 @@
 """How two deltas meet: what adding them cancels, what TIES would trim and vote away, and where.
 
-    cosine          ⟨a, b⟩ / ‖a‖‖b‖;  of two deltas in random position 0 ± 1/√N for a tensor of N entries
+    cosine          ⟨a, b⟩ / ‖a‖‖b‖;  of two deltas in random position 0 ± 1/√N for a tensor of N entries,
+                    more where they read the same inputs or write the same outputs (`angles.turned`)
     sign conflict   entries with ab < 0 / entries with both ≠ 0;  chance 1/2
     in conflict     mean of Σ a² over conflicts / Σ a² and the same of b, so that the larger does not drown the smaller;
                     chance: half of what lies where both are ≠ 0
@@ -16,15 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any
 
 from paft.errors import MismatchError, UsageError
-from paft.report.angles import Angles, angles
+from paft.report.angles import Angles, angles, products, turned
 from paft.report.overlap import Overlap, overlap
 from paft.report.passes import Progress, each
-from paft.report.scan import scan
 from paft.report.sources import Part, Source
 
 SCHEMA = 1
@@ -120,15 +120,16 @@ class Interference:
             "overall": self.overall.to_dict(),
             "layers": [clash.to_dict() for clash in self.layers], "kinds": [clash.to_dict() for clash in self.kinds],
             "tensors": [clash.to_dict() for clash in self.tensors], "alone": [list(names) for names in self.alone],
-            "worst_layers": [clash.label for clash in self.worst[:3]],
+            "worst_layers": [clash.label for clash in self.worst[:3] if not math.isnan(clash.in_conflict)],
         }  # fmt: skip
 
 
-def interference(a: Source, b: Source, *, density: float = DENSITY, threads: int | None = None,
+def interference(a: Source, b: Source, *, density: float = DENSITY, fast: bool = False, threads: int | None = None,
                  progress: Progress | None = None) -> Interference:
     """Measure two deltas on one another; ``density`` in (0, 1] is TIES's share of entries that are kept.
 
-    Raises UsageError for another density, MismatchError where the two have no tensor in common or one of another shape.
+    ``fast`` looks at the factors alone: cosines, norms and angles; all else is NaN. Raises UsageError for another density, or
+    for ``fast`` where one is no product, MismatchError where the two have no tensor in common or one of another shape.
     """
     if not 0 < density <= 1:
         raise UsageError(f"density must be in (0, 1], not {density}", hint="TIES's paper keeps --density 0.2")
@@ -137,7 +138,7 @@ def interference(a: Source, b: Source, *, density: float = DENSITY, threads: int
     if not pairs:
         raise MismatchError(f"{a.name} and {b.name} change no tensor in common ({a.parts[0].name}, {b.parts[0].name}, ...)",
                             hint="they need one base; for a model beside an adapter pass --base")
-    meetings = each(pairs, lambda pair: pair.meet(density), threads, progress)
+    meetings = each(pairs, lambda pair: pair.glance() if fast else pair.meet(density), threads, progress)
     in_order = sorted(meetings, key=lambda meeting: (meeting.layer is None, meeting.layer or 0))
     shared = {pair.name for pair in pairs}
     alone = tuple(tuple(part.name for part in source.parts if part.name not in shared) for source in (a, b))
@@ -166,12 +167,20 @@ class _Pair:
         return self.a.entries
 
     def meet(self, density: float) -> Meeting:
-        d90 = []
-        for part in (self.a, self.b):
-            held = scan(part.rows, part.columns, part.blocks(), abs(part.scale), 1.0).histogram.holding(0.9)
-            d90.append(held.value if held else 0.0)
-        found = overlap(self.a.tiled(), self.b.tiled(), density)
+        found, sizes = overlap(self.a.tiled(), self.b.tiled(), density)
+        d90 = [held.value if (held := each.holding(0.9)) else 0.0 for each in sizes]
+        chance = turned(self.a, self.b)
+        found = found if chance is None else replace(found, chance=chance)
         return Meeting(self.name, self.a.layer, self.a.kind, found, (d90[0], d90[1]), angles(self.a, self.b))
+
+    def glance(self) -> Meeting:
+        """From the factors alone."""
+        dot, energy_a, energy_b = products(self.a, self.b)
+        told: dict[str, Any] = dict.fromkeys((each.name for each in fields(Overlap)), math.nan)
+        told |= {"entries": self.entries, "chance": turned(self.a, self.b), "dot": dot}
+        told |= {"energy_a": energy_a, "energy_b": energy_b}
+        found = Overlap(**told)
+        return Meeting(self.name, self.a.layer, self.a.kind, found, (math.nan, math.nan), angles(self.a, self.b))
 
 
 def _clashes(meetings: Iterable[Meeting], key: Callable[[Meeting], str]) -> tuple[Clash, ...]:

@@ -18,8 +18,10 @@ def summary(found: Interference) -> tuple[Rows, list[Column]]:
     """One row a measure, with what two unrelated deltas of these ranks would show."""
     overall, (a, b) = found.overall, found.names
     data, sizes = overall.to_dict(), (math.sqrt(overall.sums.energy_a), math.sqrt(overall.sums.energy_b))
+    spread = overall.cosine_chance
+    digits = max(4, 1 - math.floor(math.log10(spread))) if spread else 4  # 1e-5 in a model of 8B
     lines: list[tuple[str, str, str | None]] = [
-        ("cosine", f"{round(overall.cosine, 4) + 0.0:.4f}", f"0 ± {overall.cosine_chance:.4f}"),
+        ("cosine", f"{round(overall.cosine, digits) + 0.0:.{digits}f}", f"0 ± {spread:.{digits}f}"),
         ("sign conflict, where both are not 0", percent(data["sign_conflict"]), "50.0%"),
         ("energy in conflict", percent(overall.in_conflict), percent(overall.in_conflict_chance)),
         (f"overlap of the largest {found.density:g}", percent(data["overlap"]), percent(data["overlap_chance"])),
@@ -32,7 +34,7 @@ def summary(found: Interference) -> tuple[Rows, list[Column]]:
             ("  90 % of it lie in (d90)", percent(overall.d90[side]), None))],
         ("tensors of both, of one alone", f"{overall.tensors}, {len(found.alone[0])} + {len(found.alone[1])}", None),
     ]  # fmt: skip
-    rows = [{"measure": label, "value": value, "chance": chance} for label, value, chance in lines]
+    rows = [{"measure": label, "value": value, "chance": chance} for label, value, chance in lines if value != percent(math.nan)]
     return rows, [Column("measure", "measure"), Column("value", f"{a} and {b}"), Column("chance", "chance")]
 
 
@@ -54,7 +56,8 @@ def breakdown(found: Interference, by: str = "layer") -> tuple[Rows, list[Column
         Column("rows", "rows cos²", ".3f", "mean cos² of the principal angles between the row spaces (inputs)"),
         Column("columns", "cols cos²", ".3f", "the same of the column spaces (outputs)"),
     ]
-    return rows, [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    known = {key for row in rows for key, value in row.items() if value is not None and value == value}  # NaN is not known
+    return rows, [column for column in columns if column.key in known]
 
 
 def worst(found: Interference) -> str:

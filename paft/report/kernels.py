@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from paft.merge.jit import CHUNK, jit, jit_lanes
+from paft.merge.jit import CHUNK, jit
 from paft.report.histogram import BINS, FIRST, SHIFT
 
 _LAST = BINS - 1
+_LANES = 4
 
 
 @jit
@@ -70,66 +71,31 @@ def _add_nonzero(size, place, width, table):
 
 
 @jit
-def add_pair(a, b, limit_a, limit_b, sums):
-    """`overlap.plain`, row by row; the sums may be added in another order."""
-    for row in range(a.shape[0]):
-        _add_energies(a[row], b[row], sums)
-        _add_kept(a[row], b[row], limit_a, limit_b, sums)
+def add_pair(a, b, limit_a, limit_b, table):
+    """`overlap.plain`, in chunks of columns; the sums are added in another order."""
+    rows, columns = a.shape
+    place = np.empty(CHUNK, np.int32)
+    for row in range(rows):
+        for first in range(0, columns, CHUNK):
+            x, y = a[row, first : first + CHUNK], b[row, first : first + CHUNK]
+            _classify(x, y, limit_a, limit_b, place)
+            for j in range(x.shape[0]):
+                k, lane = place[j], j % _LANES
+                u, v = np.float64(x[j]), np.float64(y[j])
+                table[k, lane, 0] += 1.0
+                table[k, lane, 1] += u * u
+                table[k, lane, 2] += v * v
+                table[k, lane, 3] += u * v
 
 
-@jit_lanes
-def _add_energies(a, b, sums):
-    both, conflicts = np.int32(0), np.int32(0)
-    dot = energy_a = energy_b = both_a = both_b = conflict_a = conflict_b = 0.0
-    for j in range(a.shape[0]):
-        x, y = np.float64(a[j]), np.float64(b[j])
-        met = (x != 0) & (y != 0)
-        against = met & ((x > 0) != (y > 0))
-        both += np.int32(met)
-        conflicts += np.int32(against)
-        dot += x * y
-        energy_a += x * x
-        energy_b += y * y
-        both_a += x * x if met else 0.0
-        both_b += y * y if met else 0.0
-        conflict_a += x * x if against else 0.0
-        conflict_b += y * y if against else 0.0
-    sums[0] += both
-    sums[1] += conflicts
-    sums[2] += dot
-    sums[3] += energy_a
-    sums[4] += energy_b
-    sums[5] += both_a
-    sums[6] += both_b
-    sums[7] += conflict_a
-    sums[8] += conflict_b
-
-
-@jit_lanes
-def _add_kept(a, b, limit_a, limit_b, sums):
-    kept_a, kept_b, met, fights = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-    energy_a = energy_b = lost_a = lost_b = 0.0
-    for j in range(a.shape[0]):
-        x, y = a[j], b[j]
-        size_x, size_y = abs(x), abs(y)
-        keep_x, keep_y = (size_x >= limit_a) & (x != 0), (size_y >= limit_b) & (y != 0)
-        both = keep_x & keep_y
-        fight = both & ((x > 0) != (y > 0))
-        x_loses = fight & ((size_x < size_y) | ((size_x == size_y) & (x < 0)))
-        square_x, square_y = np.float64(x) * np.float64(x), np.float64(y) * np.float64(y)
-        kept_a += np.int32(keep_x)
-        kept_b += np.int32(keep_y)
-        met += np.int32(both)
-        fights += np.int32(fight)
-        energy_a += square_x if keep_x else 0.0
-        energy_b += square_y if keep_y else 0.0
-        lost_a += square_x if x_loses else 0.0
-        lost_b += square_y if fight & (not x_loses) else 0.0
-    sums[9] += kept_a
-    sums[10] += kept_b
-    sums[11] += met
-    sums[12] += fights
-    sums[13] += energy_a
-    sums[14] += energy_b
-    sums[15] += lost_a
-    sums[16] += lost_b
+@jit
+def _classify(x, y, limit_a, limit_b, place):
+    """The classes of `overlap`, bit by bit in its order."""
+    for j in range(x.shape[0]):
+        u, v = x[j], y[j]
+        p, q = abs(u), abs(v)
+        in_a, in_b = u != 0, v != 0
+        k = np.int32(in_a) + (np.int32(in_b) << 1)
+        k += (np.int32(in_a & (p >= limit_a)) << 2) + (np.int32(in_b & (q >= limit_b)) << 3)
+        k += np.int32(in_a & in_b & ((u > 0) != (v > 0))) << 4
+        place[j] = k + (np.int32((p < q) | ((p == q) & (u < 0))) << 5)

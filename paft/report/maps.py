@@ -133,7 +133,8 @@ def _maps(panels: Sequence[Panel], name: str) -> Figure:
         grid = np.array([[values.get((layer, kind), math.nan) for kind in kinds] for layer in layers], dtype=float)
         if grid.size:
             mesh = axes.pcolormesh(np.arange(len(kinds) + 1) - 0.5, np.arange(len(layers) + 1) - 0.5, grid, cmap=colors,
-                                   vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
+                                   vmin=low, vmax=high, edgecolors="white", linewidth=0.4,
+                                   rasterized=True)  # hundreds of paths in an SVG otherwise
             figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=9)
         axes.set_xticks(range(len(kinds)), [shorten(kind, 14) for kind in kinds], rotation=60, ha="right", fontsize=9,
                         parse_math=False)
@@ -148,10 +149,14 @@ def _maps(panels: Sequence[Panel], name: str) -> Figure:
 
 
 def as_svg(figure: Figure, salt: str) -> str:
-    """A figure as an <svg> element for a page: letters are shapes, names inside it are unique by ``salt``."""
+    """A figure as an <svg> element for a page, where its ids are unique by ``salt``; letters are shapes."""
     text: Any = io.StringIO()
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
         figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    body = body[body.index("<svg") :]
+    body = re.sub(r"\s*\n\s*", " ", body[body.index("<svg") :])
+    body = re.sub(r'base64,[^"]*', lambda found: found[0].replace(" ", ""), body)
+    used = set(re.findall(r'(?:href="|url\()#([^")]*)', body))
+    body = re.sub(r' id="([^"]*)"', lambda found: f' id="{salt}-{found[1]}"' if found[1] in used else "", body)
+    body = re.sub(r'(href="|url\()#', rf"\1#{salt}-", body)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', "", body, count=1)

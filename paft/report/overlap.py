@@ -6,8 +6,9 @@ For a, b (s·δ of each, float32 row tiles, as a merge reads them) and their k-t
     kept        a ≠ 0 and |a| ≥ t_a: the top-k support
     vote        TIES's: of two kept entries in conflict the smaller loses (weights 1; equal magnitudes elect +)
 
-Counts and energies (Σ of squares, float64) over all entries follow in `Overlap`. Equal magnitudes at the threshold are all
-kept here, while a merge keeps the first of them.
+One pass puts each entry into a class by what holds of it (the bits below) and adds up the number, a², b² and ab of every
+class, in float64; all counts and energies in `Overlap` are sums over classes. Equal magnitudes at the threshold are all kept
+here, while a merge keeps the first of them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from paft.delta import Tiled, spans
+from paft.delta import Tiled, fill, spans
 from paft.merge.select import FUSED_FROM, select
+from paft.report.histogram import Histogram
+from paft.report.scan import Scan
 
-FIELDS = ("both", "conflicts", "dot", "energy_a", "energy_b", "both_a", "both_b", "conflict_a", "conflict_b", "kept_a", "kept_b",
-          "kept_both", "kept_conflicts", "kept_energy_a", "kept_energy_b", "lost_a", "lost_b")
+IN_A, IN_B, KEPT_A, KEPT_B, AGAINST, A_YIELDS = 1, 2, 4, 8, 16, 32
+CLASSES, LANES = 64, 4  # entries take the lanes in turn, so that two sums in a row do not wait for each other
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Overlap:
 
     ``both_a`` is the energy of a where both are not 0, ``conflict_a`` that where the signs differ; ``lost_a`` is the energy
     of a's kept entries that lose the vote. ``chance`` is Σ over tensors of energy_a·energy_b/entries: the variance of
-    ``dot`` if one of the two were turned at random. ``expected_both`` is what ``kept_both`` would be by chance.
+    ``dot`` if one of the two were turned at random (`interference` puts that of `angles.turned` in its place).
+    ``expected_both`` is what ``kept_both`` would be by chance.
     """
 
     entries: int
@@ -59,34 +64,52 @@ class Overlap:
         return Overlap(*(value + getattr(other, key) for key, value in vars(self).items()))
 
 
-def overlap(a: Tiled, b: Tiled, density: float) -> Overlap:
-    """One pass for each k-th largest magnitude, then one over both; k = max(1, int(density·entries)), as TIES counts."""
+def overlap(a: Tiled, b: Tiled, density: float) -> tuple[Overlap, tuple[Histogram, Histogram]]:
+    """One pass for each k-th largest magnitude, then one over both; k = max(1, int(density·entries)), as TIES counts.
+
+    The last one also finds where the magnitudes of each lie.
+    """
     entries = a.rows * a.columns
     keep = max(1, int(density * entries))
     limits = [np.float32(select(each, keep).value) for each in (a, b)]
     add: Callable[..., Any] = plain
     if entries >= FUSED_FROM:
         from paft.report.kernels import add_pair as add
-    sums = np.zeros(len(FIELDS))
+    table = np.zeros((CLASSES, LANES, 4))
+    scans = Scan(a.rows, a.columns), Scan(a.rows, a.columns)
+    buffers = torch.empty(2, min(a.step, a.rows), a.columns)
     for start, stop in spans(a):
-        add(a.tile(start, stop).numpy(), b.tile(start, stop).numpy(), *limits, sums)
-    found = dict(zip(FIELDS, sums.tolist(), strict=True))
-    chance = found["energy_a"] * found["energy_b"] / entries
-    return Overlap(entries, chance, **found, expected_both=found["kept_a"] * found["kept_b"] / entries)
+        tiles = [fill(place[: stop - start], each, start, stop).numpy() for place, each in zip(buffers, (a, b), strict=True)]
+        add(*tiles, *limits, table)
+        for found, tile in zip(scans, tiles, strict=True):
+            found.add(start, 0, tile, 1.0, 1.0)
+    return _of_classes(entries, table.sum(axis=1)), (scans[0].histogram, scans[1].histogram)
 
 
-def plain(a: np.ndarray, b: np.ndarray, limit_a: np.float32, limit_b: np.float32, sums: np.ndarray) -> None:
-    """Add a tile of each to ``sums``, whose places `FIELDS` names."""
-    size_a, size_b, wide_a, wide_b = np.abs(a), np.abs(b), a.astype(np.float64), b.astype(np.float64)
-    square_a, square_b = wide_a**2, wide_b**2
-    both = (a != 0) & (b != 0)
-    conflict = both & ((a > 0) != (b > 0))
-    kept_a, kept_b = (size_a >= limit_a) & (a != 0), (size_b >= limit_b) & (b != 0)
-    met = kept_a & kept_b
-    fight = met & conflict
-    a_loses = fight & ((size_a < size_b) | ((size_a == size_b) & (a < 0)))
-    sums += [
-        both.sum(), conflict.sum(), (wide_a * wide_b).sum(), square_a.sum(), square_b.sum(), square_a[both].sum(),
-        square_b[both].sum(), square_a[conflict].sum(), square_b[conflict].sum(), kept_a.sum(), kept_b.sum(), met.sum(),
-        fight.sum(), square_a[kept_a].sum(), square_b[kept_b].sum(), square_a[a_loses].sum(), square_b[fight & ~a_loses].sum(),
-    ]  # fmt: skip
+def plain(a: np.ndarray, b: np.ndarray, limit_a: np.float32, limit_b: np.float32, table: np.ndarray) -> None:
+    """Add a tile of each to ``table`` [classes, lanes, (1, a², b², ab)]."""
+    size_a, size_b = np.abs(a), np.abs(b)
+    holds = {
+        IN_A: a != 0, IN_B: b != 0, KEPT_A: (size_a >= limit_a) & (a != 0), KEPT_B: (size_b >= limit_b) & (b != 0),
+        AGAINST: (a != 0) & (b != 0) & ((a > 0) != (b > 0)), A_YIELDS: (size_a < size_b) | ((size_a == size_b) & (a < 0)),
+    }  # fmt: skip
+    place = sum(bit * held.ravel() for bit, held in holds.items())
+    wide_a, wide_b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    for column, values in enumerate((None, wide_a**2, wide_b**2, wide_a * wide_b)):
+        table[:, 0, column] += np.bincount(place, values, CLASSES)
+
+
+def _of_classes(entries: int, table: np.ndarray) -> Overlap:
+    def total(column: int, bits: int = 0, without: int = 0) -> float:
+        classes = np.arange(CLASSES)
+        return float(table[((classes & bits) == bits) & ((classes & without) == 0), column].sum())
+
+    both, fight = IN_A | IN_B, KEPT_A | KEPT_B | AGAINST
+    energy_a, energy_b, kept_a, kept_b = total(1), total(2), total(0, KEPT_A), total(0, KEPT_B)
+    return Overlap(
+        entries=entries, chance=energy_a * energy_b / entries, both=total(0, both), conflicts=total(0, AGAINST), dot=total(3),
+        energy_a=energy_a, energy_b=energy_b, both_a=total(1, both), both_b=total(2, both), conflict_a=total(1, AGAINST),
+        conflict_b=total(2, AGAINST), kept_a=kept_a, kept_b=kept_b, kept_both=total(0, KEPT_A | KEPT_B),
+        kept_conflicts=total(0, fight), kept_energy_a=total(1, KEPT_A), kept_energy_b=total(2, KEPT_B),
+        lost_a=total(1, fight | A_YIELDS), lost_b=total(2, fight, A_YIELDS), expected_both=kept_a * kept_b / entries,
+    )  # fmt: skip

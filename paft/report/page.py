@@ -15,7 +15,7 @@ from paft.report.trainings import Group
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 68rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 h1, h2, p, li, summary { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
@@ -27,8 +27,10 @@ td:first-child { position: sticky; left: 0; background: #fff; min-width: 8.5rem;
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .875rem; } summary { cursor: pointer; padding: .4rem 0; }
 @media screen { figure svg { min-width: 34rem; } }
+@media (min-width: 50rem) { td:first-child { min-width: 11.5rem; } }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; } figure, tr { break-inside: avoid; } .wide { overflow: visible; }
+  figure svg { max-height: 12cm; }
 }
 """
 _LAYERS = ("The share below the threshold, by layer (Figure 2 of the PAFT paper). Dashed: what a Gaussian of the same rms would "
@@ -58,7 +60,7 @@ def sparsity_page(reports: Sequence[SparsityReport], path: Path, said: Sequence[
     for report in reports:
         for by in ("layer", "module", "tensor"):
             parts.append(_folded(f"{report.name}, by {by}", _table(*breakdown(report, by), legend=True)))
-    return _write(path, f"Sparsity of {', '.join(report.name for report in reports)}", parts)
+    return _write(path, _title("Sparsity", [report.name for report in reports]), parts)
 
 
 def interference_page(found: Sequence[Interference], path: Path, said: Sequence[str]) -> Path:
@@ -72,7 +74,12 @@ def interference_page(found: Sequence[Interference], path: Path, said: Sequence[
         parts.append(_figure(as_svg(interference_map(pair), f"map{index}"), "Layer by module."))
         for by in ("layer", "module", "tensor"):
             parts.append(_folded(f"{' and '.join(pair.names)}, by {by}", _table(*breakdown(pair, by), legend=True)))
-    return _write(path, f"Interference of {'; '.join(' and '.join(pair.names) for pair in found)}", parts)
+    return _write(path, _title("Interference", [" and ".join(pair.names) for pair in found]), parts)
+
+
+def _title(what: str, names: Sequence[str]) -> str:
+    """With the names if they are two at most; the page has them below."""
+    return f"{what} of {', '.join(names)}" if len(names) <= 2 else f"{what} of {names[0]} and {len(names) - 1} more"
 
 
 def training_page(groups: Sequence[Group], path: Path, said: Sequence[str]) -> Path:

@@ -39,21 +39,26 @@ class Scan:
         return Histogram.of(self.rows * self.columns, self.table)
 
 
+    def add(self, row: int, column: int, block: np.ndarray, scale: float, threshold: float) -> None:
+        """Add a block whose first entry stands at this row and column."""
+        height, width = block.shape
+        count: Callable[..., Any] = plain
+        if self.rows * self.columns >= FUSED_FROM:
+            from paft.report.kernels import add_block as count
+        counts = np.zeros(3, np.int64)
+        used = self.row_used[row : row + height], self.column_used[column : column + width]
+        largest = count(block, scale, threshold, self.table, *used, counts)
+        self.below += int(counts[0])
+        self.below_scaled += int(counts[1])
+        self.zeros += int(counts[2])
+        self.max = max(self.max, float(largest))
+
+
 def scan(rows: int, columns: int, blocks: Iterable[Block], scale: float, threshold: float) -> Scan:
     """All blocks of a tensor, which cover it once; ``scale`` is s, not negative."""
     found = Scan(rows, columns)
-    add: Callable[..., Any] = plain
-    if rows * columns >= FUSED_FROM:
-        from paft.report.kernels import add_block as add
-    for row, column, block in blocks:
-        height, width = block.shape
-        counts = np.zeros(3, np.int64)
-        used = found.row_used[row : row + height], found.column_used[column : column + width]
-        largest = add(block, scale, threshold, found.table, *used, counts)
-        found.below += int(counts[0])
-        found.below_scaled += int(counts[1])
-        found.zeros += int(counts[2])
-        found.max = max(found.max, float(largest))
+    for block in blocks:
+        found.add(*block, scale, threshold)
     return found
 
 

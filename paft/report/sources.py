@@ -198,15 +198,20 @@ def _about(adapter: Any) -> dict[str, Any]:
     """What an adapter's files say of its training, where they say it: base, rank, alpha, learning rate, steps."""
     if not isinstance(adapter, Adapter):
         return {}
-    config, recipe, state = adapter.config, _json(adapter.path / "paft.json"), _json(adapter.path / "trainer_state.json")
+    config, made, state = adapter.config, _json(adapter.path / "paft.json"), _json(adapter.path / "trainer_state.json")
     logged = [row["learning_rate"] for row in state.get("log_history") or [] if "learning_rate" in row]
-    trained = (recipe.get("recipe") or {}).get("trainer") or {}
+    rates = [_in(made, "resolved").get("learning_rate"), _in(_in(made, "recipe"), "trainer").get("learning_rate")]
     found = {
         "base": adapter.base_model, "rank": config.get("r"), "alpha": config.get("lora_alpha"),
-        "rslora": bool(config.get("use_rslora")), "learning_rate": trained.get("learning_rate") or max(logged, default=None),
-        "steps": (recipe.get("metrics") or {}).get("steps") or state.get("global_step"),
+        "rslora": bool(config.get("use_rslora")), "learning_rate": rates[0] or rates[1] or max(logged, default=None),
+        "steps": _in(made, "metrics").get("steps") or state.get("global_step"),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _in(data: dict[str, Any], key: str) -> dict[str, Any]:
+    found = data.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _json(file: Path) -> dict[str, Any]:

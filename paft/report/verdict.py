@@ -85,8 +85,9 @@ def judge(overall: Judged, threshold: float) -> Verdict:
         also = f"; it is small besides, rms {moments.rms:.1e}" if small else ""
         return Verdict("sparse", small, f"sparse: {why}, at any scale ({spread}); {share}{also}.")
     if overall.share_active >= SMALL_SHARE:
-        return Verdict("dense", True, f"dense, only small: {share} because the rms is {moments.rms:.1e}, not because few "
-                       f"entries hold the update ({spread}).")
+        normal = percent(moments.expected_scaled / moments.entries)
+        return Verdict("dense", True, f"dense, only small: {share}, and {normal} of a Gaussian delta of the same rms, "
+                       f"{moments.rms:.1e}, would be; the update is spread over many entries ({spread}).")
     return Verdict("dense", False, f"dense: {share}, and the update is spread over most of them ({spread}).")
 
 

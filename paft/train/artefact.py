@@ -21,6 +21,8 @@ from paft.recipe import TrainRecipe
 from paft.train.l1 import is_sharded, whole
 from paft.train.work import Work
 
+STEP = ("learning_rate", "lr_scheduler_type", "optim", "weight_decay")
+
 
 def base(recipe: TrainRecipe) -> dict[str, Any]:
     """The base, and the adapter that is trained on, by name and content."""
@@ -57,7 +59,8 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
                 shutil.copytree(running.directory / folder, directory / folder)
         if torch.cuda.is_available():
             told = {**told, "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
-        manifest = write_manifest(directory, **told, wall_s=round(running.wall, 2))
+        args = trainer.args.to_dict()  # with the defaults that the recipe left: the size of δ is a matter of the learning rate
+        manifest = write_manifest(directory, **told, resolved={key: args[key] for key in STEP}, wall_s=round(running.wall, 2))
         said = {"kind": told["command"], **recipe.model_dump(exclude_defaults=True)}
         make, kind = (partial(model_card, relation="finetune"), "full") if recipe.full else (adapter_card, "lora")
         card = make(out.name, base=recipe.model, recipe=said, metrics=[told["metrics"]],

@@ -44,6 +44,15 @@ def foreseen(recipe: JointRecipe, args: Any, rows: Mapping[str, Sized]) -> int:
     return 0 if recipe.max_tokens else _of_passes(args, passes, SCHEDULES[recipe.method](recipe, 1).together)
 
 
+def of_epochs(args: Any, rows: int) -> int:
+    """Optimiser steps, as `Trainer` counts them where no row is dropped or packed."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = rows / args.per_device_train_batch_size
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
+
+
 def _of_passes(args: Any, passes: Mapping[str, int], together: int) -> int:
     if args.max_steps > 0:
         return args.max_steps

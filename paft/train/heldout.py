@@ -26,6 +26,7 @@ from paft.provenance import peak_memory_mb
 from paft.train.front import Point, reached
 
 EPSILON = 1e-4  # the authors'
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}  # where nothing else is said
 
 
 class HeldOut:
@@ -61,7 +62,7 @@ class HeldOut:
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         assert self.scorer is not None
-        started = time.monotonic()
+        started, training = time.monotonic(), self.model.training
         with self.compute_loss_context_manager():  # type: ignore[attr-defined]
             if self.scorer.reference is None:
                 self.scorer = self._referred(self.scorer)
@@ -69,6 +70,7 @@ class HeldOut:
         found = {f"{metric_key_prefix}_{name}": value for name, value in self._weighed(scores).items()}
         self.evaluating += time.monotonic() - started
         self.log(dict(found))  # type: ignore[attr-defined]
+        self.model.train(training)  # what is logged at the end is of the training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[attr-defined]
         self.control.should_training_stop |= reached((scores["dpo_loss"], scores["sft_loss"]), self.front, EPSILON)
         return found

@@ -12,6 +12,7 @@ from paft.progress import say
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, Sources, TrainRecipe
 from paft.tokens import boundary_moves
 from paft.train import losses
+from paft.train.methods import trainer_of
 from paft.train.rendering import check_rendering
 
 AnyRecipe = SftRecipe | DpoRecipe | JointRecipe
@@ -25,8 +26,8 @@ def load(recipe: AnyRecipe, quiet: bool = False) -> Rows:
     if isinstance(recipe, JointRecipe):
         sft, sft_held = _read(recipe, "sft", require(recipe.sft_data, "--sft-data"), recipe.sft_eval_data,
                               replace(how, columns=recipe.sft_columns))
-        pref, pref_held = _read(recipe, "pref", require(recipe.pref_data, "--pref-data"), recipe.pref_eval_data,
-                                replace(how, columns=recipe.pref_columns))
+        pref, pref_held = _read(recipe, trainer_of(recipe).ROLE, require(recipe.pref_data, "--pref-data"), recipe.pref_eval_data,
+                                replace(how, columns=recipe.pref_columns), eval_role="pref")
         if bool(sft_held) != bool(pref_held):
             missing = "sft" if pref_held else "pref"
             raise UsageError("an evaluation measures both objectives, and held-out rows are given for one",
@@ -38,9 +39,9 @@ def load(recipe: AnyRecipe, quiet: bool = False) -> Rows:
 
 
 def _read(recipe: TrainRecipe, role: Role, source: Sources, eval_source: Sources | None,
-          how: Reading) -> tuple[list[Row], list[Row]]:
+          how: Reading, eval_role: Role | None = None) -> tuple[list[Row], list[Row]]:
     """(rows to train on, held-out rows) of one data set."""
-    held = load_rows(eval_source, role, how=how) if eval_source else []
+    held = load_rows(eval_source, eval_role or role, how=how) if eval_source else []
     if recipe.streaming:
         if recipe.trainer.get("max_steps", 0) < 1 or (recipe.eval_fraction and not held):
             raise UsageError("a stream has no end that is known: it needs trainer.max_steps, and --eval-data to evaluate",

@@ -17,10 +17,10 @@ from trl.trainer.sft_config import SFTConfig
 
 from paft.data import Row
 from paft.evaluate import Held
-from paft.train import budget, preference
+from paft.train import budget, losses, preference
 from paft.train.front import read
 from paft.train.gaps import Gaps
-from paft.train.heldout import HeldOut
+from paft.train.heldout import EVALUATED, HeldOut
 from paft.train.optima import Optima
 from paft.train.penalised import Penalised
 from paft.train.precompute import precompute
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from paft.recipe import JointRecipe
     from paft.train.reference import Reference
 
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
 LETTERS = {"dpo": "D", "sft": "S"}
 
 
@@ -156,6 +155,26 @@ class _Spent(TrainerCallback):
 
 def _tick(found: list[int]) -> dict[str, list[int]]:
     return {"tick": found}
+
+
+ROLE = "pref"
+
+
+def check(recipe: JointRecipe) -> None:
+    """UsageError for a loss that is none of pairs; loads no model."""
+    losses.check_pairs(recipe)
+
+
+def config(recipe: JointRecipe) -> type:
+    return losses.family(recipe).load()[1]
+
+
+def answers(recipe: JointRecipe, rows: dict[str, list[Row]]) -> list[Row]:
+    return rows["pref"]
+
+
+def foreseen(recipe: JointRecipe, args: Any, rows: dict[str, list[Row]]) -> int:
+    return budget.foreseen(recipe, args, rows)
 
 
 def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str,

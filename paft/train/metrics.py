@@ -8,7 +8,8 @@ from typing import Any
 
 def final(trainer: Any, *, evaluate: bool) -> dict[str, float]:
     """The last logged losses, the L1 term as it ended and, with evaluation data, all that TRL measures on them (unpenalised)."""
-    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "kl")
+    wanted = ("loss", "task_loss", "dpo_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "kl", "uft_sft",
+              "uft_feedback", "rewards/sft", "rewards/chosen", "rewards/rejected")
     speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens")
     last: dict[str, float] = {}
     for record in trainer.state.log_history:

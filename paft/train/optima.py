@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LAST = 0.1  # the share of the steps whose mean loss is f* on training batches
 # What a training of one objective alone does not depend on.
 FREE = ("method", "order", "lam", "max_eval_steps", "smoothing", "sft_opt", "dpo_opt", "estimate_optima", "stop_front",
-        "l1", "l1_solver", "l1_warmup", "l1_scaled", "l1_target_sparsity", "l2")
+        "uft_loss", "l1", "l1_solver", "l1_warmup", "l1_scaled", "l1_target_sparsity", "l2")
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,9 @@ def chosen_sft(recipe: PreferenceRecipe) -> SftRecipe:
 
 
 def chosen_rows(rows: list[Row]) -> list[Row]:
-    """The answers to learn from: chosen ones of pairs, desirable ones of labelled rows."""
+    """The answers to learn from: chosen ones of pairs, desirable ones of labelled rows, those with scores above 1/2."""
     return [{"prompt": row["prompt"], "completion": row.get("chosen", row.get("completion"))} for row in rows
-            if row.get("label", True)]
+            if row.get("label", True) > 0.5]
 
 
 def attach(trainer: Any, reference: Reference) -> None:

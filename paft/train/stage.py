@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import tempfile
@@ -21,7 +20,7 @@ from paft.placement import place
 from paft.progress import say
 from paft.provenance import check_target, tensor_files
 from paft.recipe import DpoRecipe, JointRecipe, PreferenceRecipe, SftRecipe
-from paft.train import artefact, budget, losses, optima, reference, work
+from paft.train import artefact, budget, forecast, losses, optima, reference, work
 from paft.train.checks import (
     check_evaluation,
     check_names,
@@ -36,6 +35,7 @@ from paft.train.dense import Start
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.interleave import Seat, TakeTurns, twin
 from paft.train.l1 import lora_factors, nonlinear_layers
+from paft.train.methods import trainer_of
 from paft.train.metrics import final
 from paft.train.optima import Optima
 from paft.train.options import check_options, check_penalty, lora_config, trainer_config
@@ -52,32 +52,29 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     check_trainer(recipe)
     rows = load(recipe, quiet)
     check_evaluation(recipe, rows)
-    base = resolve_base(require(recipe.model, "--model"))
+    require(recipe.model, "--model")
     _start(recipe)
     held, more = reference.foretell(recipe, out) if isinstance(recipe, PreferenceRecipe) else (None, 0)
+    found = costs(recipe, rows, quiet=quiet)
+    return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
+            "rows": {name: len(each) for name, each in rows.items()}, "reference": held, **found,
+            "memory_bytes": found["memory_bytes"] + more, "recipe": recipe.model_dump()}
+
+
+def costs(recipe: AnyRecipe, rows: Rows, *, quiet: bool = False) -> dict[str, Any]:
+    """Steps, seconds (`paft.train.forecast`) and bytes of a training on ``rows``; the reference's memory is not among them."""
+    base = resolve_base(require(recipe.model, "--model"))
     recipe = fitted(recipe, base, _config_kind(recipe).max_length)
-    tokenizer_for(recipe, rows, quiet)
+    tokenizer = tokenizer_for(recipe, rows, quiet)
     adapter = _adapter_parameters(recipe, base)
     width = 0.6 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]  # bytes a parameter of the frozen base
-    size = sum(file.stat().st_size for file in tensor_files(base))
     args = trainer_config(_config_kind(recipe), recipe, tempfile.gettempdir())
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     joint = isinstance(recipe, JointRecipe)
-    steps = budget.foreseen(recipe, args, rows) if joint else _steps(args, len(rows["train"]))
-    return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
-            "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
-            "batch": batch, "base_bytes": size, "adapter_bytes": 4 * adapter,
-            "reference": held, "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
-            "recipe": recipe.model_dump()}
-
-
-def _steps(args: Any, rows: int) -> int:
-    """Optimiser steps, as `Trainer` counts them where no row is dropped or packed."""
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = rows / args.per_device_train_batch_size
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
+    steps = trainer_of(recipe).foreseen(recipe, args, rows) if joint else budget.of_epochs(args, len(rows["train"]))
+    return {"steps": steps, "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            "seconds": round(forecast.seconds(recipe, base, tokenizer, rows, args, steps), 1),
+            "base_bytes": sum(file.stat().st_size for file in tensor_files(base)), "adapter_bytes": 4 * adapter,
+            "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter}
 
 
 def _adapter_parameters(recipe: AnyRecipe, base: Path) -> int:
@@ -114,14 +111,16 @@ def _named_targets(recipe: AnyRecipe, model: Any) -> Iterator[Any]:
 
 
 def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: bool = False, resume: bool = False,
-          quiet: bool = False, label: str | None = None, seat: Seat | None = None) -> dict[str, Any]:
+          quiet: bool = False, label: str | None = None, seat: Seat | None = None,
+          held: reference.Reference | None = None) -> dict[str, Any]:
     """Train one adapter and write it to ``out`` (PEFT format, card, `paft.json`, log.jsonl); returns the manifest.
 
     ``rows`` replaces the recipe's data (a run has read and split it already). With ``recipe.on`` the start model is the base
     plus that adapter; the result is their exact sum as one adapter of rank r_on + r, so it loads on the plain base. ``resume``
     finishes what a killed process began in ``out``.partial (`paft.train.work`), to the bit; with nothing there it starts, and
     an ``out`` that the same recipe, base and data have made already is returned as it is. Under `accelerate launch` every
-    process calls this; the first one writes. With a ``seat`` it takes turns over one base (`paft.train.interleave`).
+    process calls this; the first one writes. With a ``seat`` it takes turns over one base (`paft.train.interleave`);
+    ``held`` is a reference that is prepared already.
     """
     quiet = quiet or not work.leads()
     if not resume:
@@ -138,19 +137,20 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_target(out, overwrite=overwrite)
     with (work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running,
           tempfile.TemporaryDirectory() as scratch):
-        held, best, again = None, Optima(), partial(train, resume=resume, quiet=quiet)
-        if isinstance(recipe, PreferenceRecipe):
+        best, again = Optima(), partial(train, resume=resume, quiet=quiet)
+        if isinstance(recipe, PreferenceRecipe) and held is None:
             held = reference.prepare(recipe, _pairs(rows), running.directory, Path(scratch), again)
         if isinstance(recipe, DpoRecipe):
             rows = losses.shaped(recipe, rows)
         if isinstance(recipe, JointRecipe):
-            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet))
+            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held))
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
         trainer = _build(fit, rows, str(running.directory), held, best, quiet, seat)
         note_packing(recipe, quiet=quiet)
         note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
-        count_dropped(trainer, rows["pref" if "pref" in rows else "train"], quiet)
+        given = trainer_of(recipe).answers(recipe, rows) if isinstance(recipe, JointRecipe) else rows["train"]
+        count_dropped(trainer, given, quiet)
         _run(trainer, label or out.name, running, quiet, seat)
         metrics = final(trainer, evaluate=bool(evaluated(rows)))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
@@ -177,6 +177,8 @@ def _pairs(rows: Rows) -> Rows:
 def _config_kind(recipe: AnyRecipe) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
+    if isinstance(recipe, JointRecipe):
+        return trainer_of(recipe).config(recipe)
     return losses.family(recipe).load()[1] if isinstance(recipe, PreferenceRecipe) else SFTConfig
 
 
@@ -186,7 +188,7 @@ def check_trainer(recipe: AnyRecipe) -> None:
         losses.check(recipe)
         reference.check(recipe)
     if isinstance(recipe, JointRecipe):
-        losses.check_pairs(recipe)
+        trainer_of(recipe).check(recipe)
         optima.check(recipe)
     check_options(_config_kind(recipe), recipe.trainer)
     check_penalty(recipe)
@@ -196,7 +198,7 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
            seat: Seat | None) -> Any:
     from transformers import set_seed
 
-    from paft.train import joint, preference, sft
+    from paft.train import preference, sft
 
     keep_reports_quiet(recipe.trainer.get("report_to"))
     set_seed(recipe.seed)  # PEFT draws A before the trainer sets its seed
@@ -204,7 +206,7 @@ def _build(recipe: AnyRecipe, rows: Rows, scratch: str, held: reference.Referenc
     tokenizer = tokenizer_for(recipe, rows, quiet)
     with _usage(), template_errors(), _named_targets(recipe, twin(seat.base) if seat else start_model(recipe)) as model:
         if isinstance(recipe, JointRecipe):
-            trainer = joint.build(recipe, model, tokenizer, rows, scratch, held, best, quiet=quiet)
+            trainer = trainer_of(recipe).build(recipe, model, tokenizer, rows, scratch, held, best, quiet=quiet)
         elif isinstance(recipe, DpoRecipe):
             trainer = preference.build(recipe, model, tokenizer, rows["train"], rows["eval"], scratch, held, quiet=quiet)
         else:
