@@ -53,7 +53,7 @@ PIPELINE: dict[str, Any] = {
               "sft-dpo": {"objective": "dpo", "on": "sft"}, "dpo-sft": {"objective": "sft", "on": "dpo"},
               "dpo-sft-l1": {"objective": "sft", "on": "dpo", "l1": 1e-3}, "mix": {"objective": "joint"}},
     "merge": {"ties": {"of": ["sft", "dpo"], "method": "ties"}, "ties-l1": {"of": ["sft-l1", "dpo"], "method": "ties"},
-              "pruned": {"of": ["sft", "dpo"], "method": "magnitude_prune", "density_like": "sft-l1"}},
+              "pruned": {"of": ["sft", "dpo"], "method": "ties", "density_like": "sft-l1"}},
 }
 GROUPS = {"base": "base", "sft": "single", "sft-l1": "single", "dpo": "single", "sft-dpo": "sequential", "dpo-sft": "sequential",
           "dpo-sft-l1": "sequential", "mix": "joint", "ties": "merge", "ties-l1": "merge", "pruned": "control"}

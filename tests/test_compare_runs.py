@@ -17,7 +17,7 @@ from paft.compare import told, write
 from paft.errors import MismatchError, NotFoundError, PaftError, UsageError
 from paft.report.paired import FEW, difference
 from paft.report.seeds import Study, needed, study
-from paft.report.seeds_tables import findings, short_tables, tables, to_csv
+from paft.report.seeds_tables import findings, l1_pairs, short_tables, tables, to_csv
 
 ENDS = ("low", "high")
 
@@ -69,12 +69,16 @@ def test_the_baselines_are_the_better_plain_order_and_dpo_alone(tmp_path: Path) 
 
 
 def test_specialists_and_sequences_are_found_whatever_their_order(tmp_path: Path) -> None:
-    train = {"l1": {"objective": "sft", "l1": 0.1}, "dpo": {"objective": "dpo"}, "dpo-sft": {"objective": "sft", "on": "dpo"},
+    train = {"l1": {"objective": "sft", "l1": 0.1}, "ties": {"objective": "dpo", "loss": {"orpo": 1.0}},
+             "dpo": {"objective": "dpo"}, "dpo-sft": {"objective": "sft", "on": "dpo"},
              "sft": {"objective": "sft"}, "sft-dpo": {"objective": "dpo", "on": "l1"}, "mix": {"objective": "sft", "on": "sft"}}
-    losses = {name: LOSSES.get(name, (1.0, 1.0, 1.0)) for name in ("base", "dpo", "dpo-sft", "sft", "sft-dpo", "mix")}
+    losses = {name: LOSSES.get(name, (1.0, 1.0, 1.0)) for name in ("base", "ties", "dpo", "dpo-sft", "sft", "sft-dpo", "mix")}
     found = study([run(tmp_path / "a", 0, losses, {**PIPELINE, "train": train, "merge": {}})])
     assert (found.alone("sft"), found.alone("dpo"), found.alone("joint")) == ("sft", "dpo", None)
     assert found.sequences() == ["dpo-sft"]  # not after a sparse stage, not two stages of one objective
+    train["mix"] = {"objective": "joint", "method": "sequential"}
+    found = study([run(tmp_path / "b", 0, losses, {**PIPELINE, "train": train, "merge": {}})])
+    assert found.sequences() == ["mix", "dpo-sft"] and found.baselines()["sequential"] == "mix"
 
 
 def test_intervals_are_of_differences_within_each_run(tmp_path: Path) -> None:
@@ -119,32 +123,53 @@ def test_the_csv_holds_every_number(tmp_path: Path) -> None:
 def test_words_follow_the_numbers(tmp_path: Path, end: tuple[float, ...], word: str) -> None:
     found = seeds(tmp_path, 3, ties_l1=end, dpo_sft_l1=end)
     said = findings(found, found.rows())
-    merges, = (line for line in said if line.startswith("L1 in merges (1 methods"))
-    sequence, = (line for line in said if line.startswith("L1 in a sequence (dpo-sft-l1 - dpo-sft)"))
-    assert merges.endswith(f"{word}.") and sequence.endswith(f"{word}.")
-    control, = (line for line in said if line.startswith("L1 beside its control (ties-l1 - pruned)"))
-    assert control.endswith(f"{word}.")
+    pairs = {"sft-l1 in merges, beside dense SFT (1 method)": ("ties-l1", "ties"),
+             "sft-l1 in merges, beside dense SFT pruned alike (1 method)": ("ties-l1", "pruned"),
+             "L1 in a sequence (dpo-sft-l1 - dpo-sft)": ("dpo-sft-l1", "dpo-sft")}
+    for start, (one, two) in pairs.items():
+        line, = (line for line in said if line.startswith(f"{start}: "))
+        assert line.endswith(f"{word}.") and f": {found.vs([one], [two], 'ideal').mean:+.2f} [" in line
     nearest = min((row for row in found.rows() if row["group"] != "base"), key=lambda row: row["ideal"])
     assert said[0].startswith(f"Nearest to the ideal point: {nearest['name']} ({nearest['group']}), {nearest['ideal']:.2f}")
     assert FEW in said[-1]
 
 
-def test_controls_are_no_merges_to_compare_l1_with(tmp_path: Path) -> None:
-    merge = PIPELINE["merge"]
-    control = {**merge["ties"], "norm_like": "sft-l1"}
-    recipe = {**PIPELINE, "merge": {"pruned": control, "ties": merge["ties"], "ties-l1": merge["ties-l1"]}}
-    found = study([run(tmp_path / str(seed), seed, moved(seed), recipe) for seed in range(3)])
-    pair, other = (found.vs(["ties-l1"], [name], "ideal").mean for name in ("ties", "pruned"))
-    said = findings(found, found.rows())
-    assert any(line.startswith(f"L1 in merges (1 methods with and without): {pair:+.2f} [") for line in said)
-    assert any(line.startswith(f"L1 beside its control (ties-l1 - pruned): {other:+.2f} [") for line in said)
+def test_merges_with_l1_are_paired_with_dense_ones_and_with_their_controls() -> None:
+    train = {"sft": {}, "l1": {"l1": 0.1}, "prox": {"l1_target_sparsity": 0.5}, "l2": {"l2": 0.1}}
+    merge = {"pruned": {"of": ["sft"], "method": "a", "density_like": "l1"}, "a": {"of": ["sft"], "method": "a", "weights": [2]},
+             "b": {"of": ["sft"], "method": "b"},
+             "a-l1": {"of": ["l1"], "method": "a"}, "a-l2": {"of": ["l2"], "method": "a", "norm_like": "l1"},
+             "b-l1": {"of": ["l1"], "method": "b", "weights": [3], "norm_like": "sft"},
+             "b-other": {"of": ["sft"], "method": "b", "weights": [4], "norm_like": "l1"},
+             "b-shrunk": {"of": ["sft"], "method": "b", "weights": [3], "norm_like": "sft"},
+             "a-prox": {"of": ["prox"], "method": "a"}, "c-l1": {"of": ["l1"], "method": "c"}}
+    assert l1_pairs({"train": train, "merge": merge}) == {
+        "l1/dense SFT pruned alike": [("a-l1", "pruned")], "l1/dense SFT": [("a-l1", "a"), ("b-l1", "b")],
+        "l1/an L2 penalty": [("a-l1", "a-l2")], "l1/dense SFT of equal norm": [("b-l1", "b-shrunk")],
+        "prox/dense SFT": [("a-prox", "a")]}
+
+
+@pytest.mark.parametrize("name", ["demo", "compare"])
+def test_the_shipped_recipes_give_each_method_its_controls(name: str) -> None:
+    from paft.catalog import find
+    from paft.recipe import RunRecipe, load
+
+    recipe = load(RunRecipe, find(name)).model_dump()
+    pairs = l1_pairs(recipe)
+    counts = {len(pairs[f"sft-l1/{what}"]) for what in ("dense SFT pruned alike", "dense SFT of equal norm", "an L2 penalty")}
+    assert counts == {1 if name == "demo" else 6}
+    assert len(pairs["sft-l1/dense SFT"]) == 6
+    for found in pairs.values():
+        methods = [(recipe["merge"][one]["method"], recipe["merge"][two]["method"]) for one, two in found]
+        assert all(one == two for one, two in methods) and len(set(methods)) == len(methods)
 
 
 def test_an_interval_with_both_signs_claims_nothing(tmp_path: Path) -> None:
     places = [run(tmp_path / str(seed), seed, {**LOSSES, "ties-l1": (1.4, 1.1 + shift, 1.2)})
               for seed, shift in enumerate((-0.3, 0.3, 0.1))]
     said = findings(found := study(places), found.rows())
-    assert any(line.startswith("L1 in merges") and "no difference that these seeds could show" in line for line in said)
+    line, = (line for line in said if line.startswith("sft-l1 in merges, beside dense SFT ("))
+    assert line.endswith("no difference that these seeds could show.")
 
 
 def test_how_many_ways_beat_the_baselines(tmp_path: Path) -> None:

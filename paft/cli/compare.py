@@ -94,12 +94,14 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
     if given["dry_run"]:
         from paft.run import plan
 
-        plans = {seed: plan(recipe.model_copy(update={"seed": seed}), place)
+        plans = {seed: plan(recipe.model_copy(update={"seed": seed}), place, workers=given["workers"])
                  for seed, place in places(recipe, given["out"], count).items()}
         lines = [f"would run {recipe.name} with {count} seeds into {given['out']}"]
         lines += [f"  seed {seed}: {sum(stage['done'] for stage in each['train'])} of {len(each['train'])} trainings kept, "
-                  f"{len(each['merge'])} merges, about {options.size(each['disk_bytes'])} of disk"
+                  f"{options.duration(each['seconds'])} of training, {len(each['merge'])} merges"
                   for seed, each in plans.items()]
+        lines.append(f"disk {options.size(sum(each['disk_bytes'] for each in plans.values()))}, "
+                     f"memory {options.size(max(each['memory_bytes'] for each in plans.values()))}")
         options.show({str(seed): each for seed, each in plans.items()}, lines, as_json=given["as_json"])
         return
     _study(study(run_seeds(recipe, given["out"], count, quiet=given["quiet"], workers=given["workers"])), given)

@@ -40,7 +40,8 @@ _PLACE = ("Rescaling moves a curve sideways without changing its shape; the thre
 _MAP = "Layer by module. The left side depends on the scale, the right side does not."
 _WAYS = ("Each marker is an evaluation on held-out rows; the large one is the end, the star the ideal point. Below, the "
          "objective that each step has taken, and what it cost.")
-_ENDS = "Held-out losses, mean ± standard error over the seeds; dashed: the Pareto front of the means; star: the best of each."
+_ENDS = ("Held-out losses, mean ± standard error over the seeds; dashed: the Pareto front of the means; star: the best of each. "
+         "Of many points, those on the front and the nearest of each kind are named.")
 _COSTS = "A row costs what all trainings that it needs cost: wall time in sum, memory at most."
 _CLASH = "By layer, beside what two unrelated updates of this size and rank would show (dashed)."
 

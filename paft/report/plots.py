@@ -101,7 +101,7 @@ def tradeoff(
 
     ``points`` are rows with "name" and the fields ``x``, ``y`` and optionally ``xerr``, ``yerr`` (half-widths);
     ``groups`` names the field that chooses colour and marker. Points without both numbers are left out. ``more`` draws what
-    else belongs into the axes and returns its entries of the legend.
+    else belongs into the axes and returns its entries of the legend. A point with "unlabelled" has no label.
     """
     figure, axes = canvas((8.0, 6.0))
     drawn = [point for point in points if point.get(x) is not None and point.get(y) is not None]
@@ -126,7 +126,8 @@ def tradeoff(
     if len(entries) > 1:
         legend(figure, entries)
     colors = [PALETTE[members.index(point.get(groups) if groups else None) % len(PALETTE)] for point in drawn]
-    _label(figure, axes, [(str(point["name"]), float(point[x]), float(point[y])) for point in drawn], colors)
+    names = ["" if point.get("unlabelled") else str(point["name"]) for point in drawn]
+    _label(figure, axes, [(name, float(point[x]), float(point[y])) for name, point in zip(names, drawn, strict=True)], colors)
     return figure
 
 

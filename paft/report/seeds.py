@@ -26,6 +26,7 @@ from paft.report.trainings import COST, cost
 
 OBJECTIVES = ("sft_loss", "dpo_loss")
 COMPARED = ("ideal", *OBJECTIVES)
+_IN_ONE = ("sequential",)  # methods of joint training that take one objective after the other
 _WORDS = ("name", "id", "group", "on", "after")
 COMBINED = ("sequential", "joint", "merge", "control")  # groups of rows that have seen both objectives
 Row = dict[str, Any]
@@ -105,17 +106,17 @@ class Study:
     def alone(self, objective: str) -> str | None:
         """The row of the plain training of one objective, from the base."""
         return next((name for name, stage in self.recipe.get("train", {}).items()
-                     if stage["objective"] == objective and not stage.get("on") and not _penalised(stage)), None)
+                     if stage["objective"] == objective and not stage.get("on") and plain(stage)), None)
 
     def sequences(self) -> list[str]:
-        """The plain sequences of both objectives, nearest to the ideal point first."""
+        """The plain sequences of both objectives, as two stages or in one, nearest to the ideal point first."""
         train = self.recipe.get("train", {})
-        found = [name for name, stage in train.items() if stage.get("on") and not _penalised(stage)
-                 and train[stage["on"]]["objective"] != stage["objective"] and not _penalised(train[stage["on"]])]
+        found = [name for name, stage in train.items() if (plain(stage) and stage.get("method") in _IN_ONE) or (stage.get("on")
+                 and plain(stage) and plain(train[stage["on"]]) and train[stage["on"]]["objective"] != stage["objective"])]
         return sorted(found, key=lambda name: mean(self.values(name, "ideal")))
 
     def baselines(self) -> dict[str, str]:
-        """What every row is compared with: ``sequential``, the better of its orders, and ``dpo`` alone."""
+        """What every row is compared with: ``sequential``, the best of its rows, and ``dpo`` alone."""
         found = {"sequential": next(iter(self.sequences()), None), "dpo": self.alone("dpo")}
         return {key: row for key, row in found.items() if row is not None}
 
@@ -166,8 +167,10 @@ def study(directories: Sequence[Path]) -> Study:
     return Study(tuple(sorted(runs, key=lambda run: run.seed)))
 
 
-def _penalised(stage: Mapping[str, Any]) -> bool:
-    return any(stage.get(key) for key in ("l1", "l2", "l1_target_sparsity"))
+def plain(stage: Mapping[str, Any]) -> bool:
+    """Has a training stage neither a penalty nor another loss than DPO's?"""
+    penalised = any(stage.get(key) for key in ("l1", "l2", "l1_target_sparsity"))
+    return not penalised and (stage.get("loss") or "sigmoid") in ("sigmoid", {"sigmoid": 1.0})
 
 
 def sparse(stage: Mapping[str, Any]) -> bool:

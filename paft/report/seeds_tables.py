@@ -11,7 +11,7 @@ from typing import Any
 from paft.report.headtohead import COLUMNS
 from paft.report.paired import ENOUGH, FEW, Difference
 from paft.report.render import Column
-from paft.report.seeds import COMBINED, COMPARED, Row, Study, sparse
+from paft.report.seeds import COMBINED, COMPARED, Row, Study, plain, sparse
 
 _MAIN = ("name", "sft_loss", "dpo_loss", "pref_accuracy", "ideal")
 _MORE = [
@@ -24,6 +24,7 @@ _MORE = [
     Column("tokens", "tokens", ",.3g", "trained on, over the same trainings"),
     Column("memory_mb", "peak MB", ",.0f", "the largest of the same trainings"),
 ]
+_DENSE = "dense SFT"
 _VERBS = {-1: "it helps", 1: "it harms", 0: "no difference that these seeds could show"}
 Table = tuple[str, list[Row], list[Column]]
 
@@ -65,8 +66,8 @@ def _what(study: Study) -> str:
 
 
 def _baseline(study: Study, base: str) -> str:
-    better = base == "sequential" and len(study.sequences()) > 1
-    return study.name(study.baselines()[base]) + (" (the better order)" if better else "")
+    several = base == "sequential" and len(study.sequences()) > 1
+    return study.name(study.baselines()[base]) + (" (the best sequence)" if several else "")
 
 
 def interval(found: Mapping[str, Any]) -> str:
@@ -136,22 +137,20 @@ def _against(study: Study, rows: Sequence[Row]) -> list[str]:
 
 
 def _l1(study: Study) -> list[str]:
-    """What an L1 term on the SFT does to merges, to sequences, and beside its controls: differences of the ideal distance."""
+    """What an L1 term on the SFT does to merges, beside its controls, and to sequences: differences of the ideal distance."""
     said = []
-    if pairs := _merge_pairs(study.recipe):
-        found = study.vs([one for one, _ in pairs], [two for _, two in pairs], "ideal")
-        said.append(f"L1 in merges ({len(pairs)} methods with and without): {_told(found)}.")
     train = study.recipe.get("train", {})
+    for what, pairs in l1_pairs(study.recipe).items():
+        stage, _, other = what.partition("/")
+        found = study.vs([one for one, _ in pairs], [two for _, two in pairs], "ideal")
+        methods = f"{len(pairs)} method{'s' * (len(pairs) > 1)}"
+        said.append(f"{study.name(stage)} in merges, beside {other} ({methods}): {_told(found)}.")
     for name, stage in train.items():
         same = (stage.get("on"), stage["objective"])
-        plain = [other for other, two in train.items()
-                 if (two.get("on"), two["objective"]) == same and not (sparse(two) or two.get("l2"))]
-        if sparse(stage) and stage.get("on") and plain:
-            found = study.vs([name], plain[:1], "ideal")
-            said.append(f"L1 in a sequence ({study.name(name)} - {study.name(plain[0])}): {_told(found)}.")
-    for one, control in _controls(study.recipe):
-        found = study.vs([one], [control], "ideal")
-        said.append(f"L1 beside its control ({study.name(one)} - {study.name(control)}): {_told(found)}.")
+        dense = [other for other, two in train.items() if (two.get("on"), two["objective"]) == same and plain(two)]
+        if sparse(stage) and stage.get("on") and dense:
+            found = study.vs([name], dense[:1], "ideal")
+            said.append(f"L1 in a sequence ({study.name(name)} - {study.name(dense[0])}): {_told(found)}.")
     return said
 
 
@@ -160,34 +159,43 @@ def _told(found: Difference) -> str:
     return f"{interval(found.to_dict())} nats{verdict}"
 
 
-def _plain_and_sparse(recipe: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """method -> the first merge of it with a plain SFT, and with an L1-sparse one; controls are neither."""
-    train, plain, l1 = recipe.get("train", {}), {}, {}
-    for name, entry in recipe.get("merge", {}).items():
-        first = train[entry["of"][0]]
-        if sparse(first):
-            l1.setdefault(entry["method"], name)
-        elif not (first.get("l2") or entry.get("density_like") or entry.get("norm_like")):
-            plain.setdefault(entry["method"], name)
-    return plain, l1
+def l1_pairs(recipe: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """"STAGE/what" -> (merge with that sparse stage, merge to compare it with), one pair a method.
 
-
-def _merge_pairs(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    plain, l1 = _plain_and_sparse(recipe)
-    return [(l1[method], plain[method]) for method in plain if method in l1]
-
-
-def _controls(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(a merge with L1, a control made to the density or norm of its adapter, at the same weights)."""
+    The dense merge of a method may have settings of its own; a control has those of the merge that it controls, with a dense
+    delta pruned to the density or brought to the norm of the sparse one, or with an L2 penalty in the place of L1.
+    """
     train, merge = recipe.get("train", {}), recipe.get("merge", {})
-    found = []
+    controlled = {entry.get(key) for entry in merge.values() for key in ("density_like", "norm_like")}
+    found: dict[str, dict[str, tuple[str, str]]] = {}
     for name, entry in merge.items():
-        like = entry.get("density_like") or entry.get("norm_like")
-        if like and sparse(train[like]) and not sparse(train[entry["of"][0]]):
-            twins = [other for other, two in merge.items()
-                     if two["of"][0] == like and two.get("weights") == entry.get("weights")]
-            found += [(twin, name) for twin in twins[:1]]
-    return found
+        stage = entry["of"][0]
+        if not sparse(train[stage]):
+            continue
+        for other, two in merge.items():
+            kind = _kind(train, two)
+            dense = kind == _DENSE and two["method"] == entry["method"]
+            if dense or (kind and kind != _DENSE and stage in controlled and _controls(two, entry, stage)):
+                found.setdefault(f"{stage}/{kind}", {}).setdefault(entry["method"], (name, other))
+    return {what: list(pairs.values()) for what, pairs in found.items()}
+
+
+def _kind(train: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """What a merge is to one with an L1 term; nothing if it has one itself."""
+    first = train[entry["of"][0]]
+    if sparse(first):
+        return ""
+    if first.get("l2"):
+        return "an L2 penalty"
+    if entry.get("density_like"):
+        return "dense SFT pruned alike"
+    return "dense SFT of equal norm" if entry.get("norm_like") else _DENSE
+
+
+def _controls(control: Mapping[str, Any], entry: Mapping[str, Any], stage: str) -> bool:
+    """Has a control the settings of ``entry``, and the density or norm that its first adapter ends up with?"""
+    same = all((control.get(key) or None) == (entry.get(key) or None) for key in ("method", "weights", "parameters"))
+    return same and (control.get("density_like") or control.get("norm_like")) in (stage, entry.get("norm_like"))
 
 
 def _limits(study: Study) -> list[str]:

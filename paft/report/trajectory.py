@@ -28,6 +28,7 @@ _INK, _GRID, _STAR = "#333333", "#e4e4e4", "#E6B800"
 _TAKEN = {"D": ("DPO", "#333333"), "S": ("SFT", "#d9d9d9"), "B": ("both", "#8c8c8c")}
 _BARS = (("ideal", "ideal distance (nats)", ""), ("seconds", "training time (s)", "runtime_pct"),
          ("memory_mb", "peak memory (MB)", "memory_pct"))
+_LABELS, _FEW = 32, 8  # more names hide each other
 _WIDE = 12.0  # largest over smallest loss from which an axis is logarithmic
 
 
@@ -61,6 +62,13 @@ def study_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
         _scale(axes, ends)
         return _front_and_ideal(axes, ends, ideal)
 
+    if len(shown) > _LABELS:  # then those that make the picture: the front, small groups, and the nearest of large ones
+        groups = [sorted((row for row in shown if row["group"] == group), key=lambda row: row["ideal"])
+                  for group in dict.fromkeys(row["group"] for row in shown)]
+        named = [row["name"] for group in groups for row in (group if len(group) <= _FEW else group[:2])]
+        best = front(ends)
+        named += [row["name"] for row in shown if (row["sft_loss"], row["dpo_loss"]) in best]
+        shown = [{**row, "unlabelled": row["name"] not in named} for row in shown]
     several = shown and shown[0]["runs"] > 1
     xerr, yerr = ("sft_loss_se", "dpo_loss_se") if several else (None, None)
     return tradeoff(shown, x="sft_loss", y="dpo_loss", groups="group", title=title, xerr=xerr, yerr=yerr,
