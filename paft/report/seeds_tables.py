@@ -174,8 +174,8 @@ def l1_pairs(recipe: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
             continue
         for other, two in merge.items():
             kind = _kind(train, two)
-            dense = kind == _DENSE and two["method"] == entry["method"]
-            if dense or (kind and kind != _DENSE and stage in controlled and _controls(two, entry, stage)):
+            dense = kind == _DENSE and _alike(two, entry, "method")
+            if dense or (kind not in ("", _DENSE) and stage in controlled and _controls(two, entry, stage)):
                 found.setdefault(f"{stage}/{kind}", {}).setdefault(entry["method"], (name, other))
     return {what: list(pairs.values()) for what, pairs in found.items()}
 
@@ -194,8 +194,12 @@ def _kind(train: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
 
 def _controls(control: Mapping[str, Any], entry: Mapping[str, Any], stage: str) -> bool:
     """Has a control the settings of ``entry``, and the density or norm that its first adapter ends up with?"""
-    same = all((control.get(key) or None) == (entry.get(key) or None) for key in ("method", "weights", "parameters"))
+    same = _alike(control, entry, "method", "weights", "parameters")
     return same and (control.get("density_like") or control.get("norm_like")) in (stage, entry.get("norm_like"))
+
+
+def _alike(one: Mapping[str, Any], two: Mapping[str, Any], *keys: str) -> bool:
+    return all((one.get(key) or None) == (two.get(key) or None) for key in keys)
 
 
 def _limits(study: Study) -> list[str]:
