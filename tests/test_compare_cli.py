@@ -1,16 +1,14 @@
-"""`paft compare` on the command line: what it prints and writes, what it refuses, and a recipe that it runs itself."""
+"""`paft compare` on the command line: what it prints and writes, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from clikit import Capture, assert_one_error
 from comparekit import LOSSES, manifest, moved, run, training
-from datakit import chat_rows, pair_rows, write_jsonl
 from test_report_page import ODD, SCHEMA, checked, keys
 
 from paft.cli import invoke
@@ -104,32 +102,6 @@ def test_the_tables_need_no_torch(trained: list[str], ran: list[str]) -> None:
 
     lines = [["compare", *places] for places in (trained, ran)]
     assert heavy_modules(f"from paft.cli import invoke; assert [invoke(line) for line in {lines!r}] == [0, 0]") == ""
-
-
-RECIPE: dict[str, Any] = {"kind": "run", "name": "tiny", "seed": 4, "evaluate": {"split": "test", "rows": 6},
-                          "train": {"dpo": {"objective": "dpo"}}}
-
-
-def test_a_recipe_is_run_with_several_seeds_once(tmp_path: Path, tiny_base: Path, capsys: Capture) -> None:
-    own = {"lora": {"r": 2, "alpha": 4}, "trainer": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}}
-    sft, pref = write_jsonl(tmp_path / "s.jsonl", chat_rows(60)), write_jsonl(tmp_path / "p.jsonl", pair_rows(60))
-    recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
-    recipe.write_text(json.dumps({**RECIPE, "model": str(tiny_base), "data": {"sft": str(sft), "pref": str(pref)},
-                                  "defaults": {"dpo": own}}))
-    line = ["compare", str(recipe), "--seeds", "2", "-o", str(out), "-q", "--workers", "1"]
-    assert invoke([*line, "--dry-run"]) == 0 and not out.exists()
-    assert "  seed 5: 0 of 1 trainings kept, about " in capsys.readouterr().out
-    assert invoke([*line, "--json"]) == 0
-    first = json.loads(capsys.readouterr().out)
-    adapters = [out / f"seed-{seed}" / "adapters" / "dpo" / "adapter_model.safetensors" for seed in (4, 5)]
-    assert adapters[0].read_bytes() != adapters[1].read_bytes()
-    before = [file.stat().st_mtime_ns for file in adapters]
-    assert invoke([*line, "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert [file.stat().st_mtime_ns for file in adapters] == before
-    assert again == first == json.loads((out / "compare.json").read_text())
-    assert (first["seeds"], first["baselines"]) == ([4, 5], {"dpo": "dpo"}) and first["stages"]["dpo"]["tokens"] > 0
-    assert {file.suffix for file in out.glob("compare.*")} == {".md", ".json", ".csv", ".html", ".png"}
 
 
 def test_runs_are_written_where_the_user_says(ran: list[str], tmp_path: Path, capsys: Capture) -> None:
