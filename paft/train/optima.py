@@ -4,7 +4,8 @@ Given by ``sft_opt`` and ``dpo_opt``, or estimated as the authors do (arXiv 2410
 alone, at the same budget. On held-out rows f* is the least that either of the two came to: with few preference data SFT alone may
 lower the DPO loss further than DPO does. The two trainings are ordinary adapters under ``optima-HASH/`` beside the output, where
 HASH is that of all that they depend on (recipe, base, data), so that every λ and every method on the same data finds them
-again. There is no default: with f* = 0 MAXRIGHT would take SFT for ever, since its loss has a floor and that of DPO begins at ln 2.
+again. There is no default: with f* = 0 MAXRIGHT would take SFT for ever, since its loss has a floor and that of DPO begins at
+ln 2.
 """
 
 from __future__ import annotations
