@@ -25,7 +25,8 @@ from paft.train.work import place as partial_of
 if TYPE_CHECKING:
     from paft.recipe import JointRecipe
 
-LAST = 0.1  # the share of the steps whose mean loss is f* on training batches
+# The steps at the end whose mean loss is f* on training batches: a tenth, and more of a short training, as batches differ.
+LAST, FEW = 0.1, 20
 # What a training of one objective alone does not depend on.
 FREE = ("method", "order", "lam", "max_eval_steps", "smoothing", "sft_opt", "dpo_opt", "estimate_optima", "stop_front",
         "uft_loss", "l1", "l1_solver", "l1_warmup", "l1_scaled", "l1_target_sparsity", "l2")
@@ -97,6 +98,7 @@ def _last(log: list[dict[str, Any]], name: str, directory: Path) -> float:
     losses = [(each["step"], each[f"{name}_loss"]) for each in log if f"{name}_loss" in each]
     if not losses:
         raise MismatchError(f"{directory} has logged no {name} loss", hint="lower trainer.logging_steps, or train longer")
-    since = (1 - LAST) * max(step for step, _ in losses)
+    steps = max(step for step, _ in losses)
+    since = steps - max(LAST * steps, min(FEW, steps / 2))
     last = [loss for step, loss in losses if step > since]
     return sum(last) / len(last)
