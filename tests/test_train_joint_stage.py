@@ -109,7 +109,7 @@ def test_optima_are_estimated_once_for_all_methods(tiny_base: Path, tmp_path: Pa
     assert sorted(path.name for path in place.iterdir()) == ["dpo", "sft"]
     alone = {name: evaluations(place / name) for name in ("dpo", "sft")}
     assert alone["dpo"][-1]["sft_steps"] == alone["sft"][-1]["dpo_steps"] == 0
-    held = {name: min(each[f"eval_{name}_loss"] for each in told) for name, told in alone.items()}
+    held = {name: min(each[f"eval_{name}_loss"] for told in alone.values() for each in told) for name in alone}
     assert {name: each["held"] for name, each in first["optima"]["estimated"].items()} == held
     gap = evaluations(tmp_path / "one")[-1]
     assert gap["eval_sft_gap"] == pytest.approx(gap["eval_sft_loss"] - held["sft"])

@@ -5,7 +5,7 @@
     eval_pref_accuracy   share of pairs with Δ > 0
     eval_loss            λ·f_DPO + (1-λ)·f_SFT
     eval_*_gap           f - f*, where f* is known                                       (arXiv 2410.15483, section 6.1)
-    eval_ideal_distance  √((f_DPO - f*_DPO)² + (f_SFT - f*_SFT)²)
+    eval_ideal_distance  √((f_DPO - f*_DPO)² + (f_SFT - f*_SFT)²), where an objective below its f* counts as at it
 
 The two are measured by `paft.evaluate`, the same for every method. Every process measures all rows.
 """
@@ -103,4 +103,4 @@ class HeldOut:
         found = {"loss": self.lam * losses["dpo"] + (1 - self.lam) * losses["sft"], **scores}
         gaps = {name: losses[name] - best for name, best in self.optima.items()}
         found |= {f"{name}_gap": gap for name, gap in gaps.items()}
-        return found | ({"ideal_distance": math.hypot(*gaps.values())} if len(gaps) == 2 else {})
+        return found | ({"ideal_distance": math.hypot(*(max(gap, 0.0) for gap in gaps.values()))} if len(gaps) == 2 else {})

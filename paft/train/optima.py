@@ -1,9 +1,11 @@
 """f*: the least that each objective comes to, which optimality gaps are measured from.
 
 Given by ``sft_opt`` and ``dpo_opt``, or estimated as the authors do (arXiv 2410.15483, section 6.1): each objective is trained
-alone, at the same budget. The two trainings are ordinary adapters under ``optima-HASH/`` beside the output, where HASH is that
-of all that they depend on (recipe, base, data), so that every λ and every method on the same data finds them again. There is no
-default: with f* = 0 MAXRIGHT would take SFT for ever, since its loss has a floor and that of DPO begins at ln 2.
+alone, at the same budget. On held-out rows f* is the least that either of the two came to: with few preference data SFT alone may
+lower the DPO loss further than DPO does. The two trainings are ordinary adapters under ``optima-HASH/`` beside the output, where
+HASH is that of all that they depend on (recipe, base, data), so that every λ and every method on the same data finds them
+again. There is no default: with f* = 0 MAXRIGHT would take SFT for ever, since its loss has a floor and that of DPO begins at
+ln 2.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from paft.train.work import place as partial_of
 if TYPE_CHECKING:
     from paft.recipe import JointRecipe
 
-LAST = 0.1  # the share of the steps whose mean loss is f* on training batches
+# The steps at the end whose mean loss is f* on training batches: a tenth, and more of a short training, as batches differ.
+LAST, FEW = 0.1, 20
 # What a training of one objective alone does not depend on.
 FREE = ("method", "order", "lam", "max_eval_steps", "smoothing", "sft_opt", "dpo_opt", "estimate_optima", "stop_front",
         "uft_loss", "l1", "l1_solver", "l1_warmup", "l1_scaled", "l1_target_sparsity", "l2")
@@ -66,30 +69,36 @@ def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Cal
     if not recipe.estimate_optima:
         return Optima()
     place = out.parent / f"optima-{_hash(begun)}"
-    found = {}
     for name, lam in zip(OBJECTIVES, (1.0, 0.0), strict=True):
         neutral = {key: type(recipe).model_fields[key].get_default() for key in FREE}
         alone = recipe.model_copy(update={**neutral, "method": "alright", "lam": lam})
         begun_before = (place / name).exists() or partial_of(place / name).exists()
         train(alone, place / name, label=f"{name} alone", resume=begun_before)
-        found[name] = _read(place / name, name)
-    step, held = ({name: each[which] for name, each in found.items() if which in each} for which in ("step", "held"))
+    logs = {name: _log(place / name) for name in OBJECTIVES}
+    step = {name: _last(logs[name], name, place / name) for name in OBJECTIVES}
+    held = {name: min(seen) for name in OBJECTIVES
+            if (seen := [each[f"eval_{name}_loss"] for log in logs.values() for each in log if "eval_loss" in each])}
+    found = {name: {"step": step[name], **({"held": held[name]} if held else {})} for name in OBJECTIVES}
     return Optima(step, held, {"estimated": found, "path": place.name})
 
 
 def _hash(begun: Mapping[str, Any]) -> str:
     recipe = {key: value for key, value in begun["recipe"].items() if key not in (*FREE, *PLACES)}
-    what = [recipe, begun["inputs"], begun["base"], begun["reference_sha256"]]
+    base = [each["content_sha256"] for each in (begun["base"], begun["base"].get("on")) if each]
+    what = [recipe, begun["inputs"], base, begun["reference_sha256"]]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _read(directory: Path, name: str) -> dict[str, float]:
-    """f* of a finished training from its log: the mean loss of its last steps, and the lowest held-out loss."""
-    records = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [(each["step"], each[f"{name}_loss"]) for each in records if f"{name}_loss" in each]
+def _log(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _last(log: list[dict[str, Any]], name: str, directory: Path) -> float:
+    """f* on training batches: the mean loss of a training's last steps."""
+    losses = [(each["step"], each[f"{name}_loss"]) for each in log if f"{name}_loss" in each]
     if not losses:
         raise MismatchError(f"{directory} has logged no {name} loss", hint="lower trainer.logging_steps, or train longer")
-    since = (1 - LAST) * max(step for step, _ in losses)
+    steps = max(step for step, _ in losses)
+    since = steps - max(LAST * steps, min(FEW, steps / 2))
     last = [loss for step, loss in losses if step > since]
-    held = [each[f"eval_{name}_loss"] for each in records if f"eval_{name}_loss" in each]
-    return {"step": sum(last) / len(last), **({"held": min(held)} if held else {})}
+    return sum(last) / len(last)
