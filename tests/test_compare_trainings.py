@@ -43,6 +43,11 @@ def test_gaps_distances_and_costs_by_hand(tmp_path: Path) -> None:
     assert other["ideal"] == pytest.approx(math.hypot(1.0, 0.3)) and "runtime_pct" not in other
 
 
+def test_an_objective_below_its_optimum_is_no_distance(tmp_path: Path) -> None:
+    row = rows(training(tmp_path / "a", [START, (1.3, 0.1)], optima=OPTIMA))["ALRIGHT"]
+    assert (row["dpo_gap"], row["ideal"]) == pytest.approx((-0.1, 0.3))
+
+
 def test_costs_are_beside_the_sequential_row_of_the_same_lambda(tmp_path: Path) -> None:
     made = [training(tmp_path / f"{method}{lam}", [START, (1.3, 0.6)], method=method, lam=lam, seconds=seconds)
             for method, lam, seconds in (("sequential", 0.2, 10), ("sequential", 0.8, 30), ("mix", 0.2, 20), ("mix", 0.8, 60),
@@ -188,7 +193,7 @@ def test_what_a_real_training_leaves_is_read_as_it_was_measured(tmp_path: Path, 
     sft, pref = write_jsonl(tmp_path / "s.jsonl", chat_rows(40)), write_jsonl(tmp_path / "p.jsonl", pair_rows(40))
     for method in ("mix", "sequential"):
         assert invoke(["train-joint", "-m", str(tiny_base), "--sft-data", str(sft), "--pref-data", str(pref), "--method", method,
-                       "--eval-fraction", "0.2", "--set", "trainer.max_steps=2", "--sft-opt", "0.5", "--dpo-opt", "0.1",
+                       "--eval-fraction", "0.2", "--set", "trainer.max_steps=2", "--sft-opt", "0.5", "--dpo-opt", "1.1",
                        "-q", "-o", str(tmp_path / method)]) == 0
     capsys.readouterr()
     assert invoke(["compare", str(tmp_path / "mix"), str(tmp_path / "sequential"), "--json"]) == 0

@@ -25,7 +25,7 @@ _COLUMNS = [
     Column("pref_accuracy", "pref acc", ".3f", "held-out pairs ranked right"),
     Column("sft_gap", "SFT gap", ".3f", "SFT loss - f*"),
     Column("dpo_gap", "DPO gap", ".3f", "DPO loss - f*"),
-    Column("ideal", "ideal dist", ".3f", "√(SFT gap² + DPO gap²); less is better"),
+    Column("ideal", "ideal dist", ".3f", "√(SFT gap² + DPO gap²), a gap below 0 as 0; less is better"),
     Column("seconds", "seconds", ",.3g", "of training, without evaluations"),
     Column("runtime_pct", "runtime %", "+.0f", "beside the sequential row"),
     Column("tokens", "tokens", ",.0f", "trained on, without padding"),

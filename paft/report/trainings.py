@@ -3,6 +3,7 @@
     gap         f - f* on held-out rows, in nats; f* is the training's own optimum (`paft.train.optima`), or one that another
                 training of the same base and held-out rows knows (of the same seed if there is one), or the best end of the table
     ideal       √(Δ²_DPO + Δ²_SFT)                                      (ALRIGHT / MAXRIGHT, arXiv 2410.15483, section 6.1)
+                where an objective below its f* counts as at it, as in `paft.train.heldout`
     runtime     (T - T_sequential) / T_sequential · 100 %, memory likewise                                  (eq. 57 and 58)
 
 Trainings of one recipe that differ in the seed alone are one row: mean ± standard error of the mean.
@@ -197,7 +198,7 @@ def distances(training: Training, aim: Aim | None) -> dict[str, float]:
         return {}
     gaps = {f"{name}_gap": training.end[f"{name}_loss"] - getattr(aim, name) for name in ("sft", "dpo")
             if f"{name}_loss" in training.end}
-    return gaps | ({"ideal": math.hypot(*gaps.values())} if len(gaps) == 2 else {})
+    return gaps | ({"ideal": math.hypot(*(max(gap, 0.0) for gap in gaps.values()))} if len(gaps) == 2 else {})
 
 
 def grouped(trainings: Sequence[Training]) -> list[Group]:
