@@ -57,7 +57,7 @@ def train(name: str, options: argparse.Namespace, data: dict[str, tuple[Path, Pa
     files = [word for role, flag in (("sft", "--sft"), ("pref", "--pref"))
              for word in (f"{flag}-data", str(data[role][0]), f"{flag}-eval-data", str(data[role][1]))]
     budget = [f"--set=trainer.max_steps={uft_steps(options)}"] if method == "uft" else ["--max-tokens", str(options.tokens)]
-    best = [] if method == "uft" else ["--estimate-optima"]
+    best = [] if name in ("uft", "dpo-sft-term") else ["--estimate-optima"]  # another loss has optima of its own
     print(name, flush=True)
     paft("train-joint", "-m", str(options.model), "--method", method, *files, *budget, *best, *own,
          *(f"--set={item}" for item in SETS), "-o", str(out))

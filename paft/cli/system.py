@@ -77,7 +77,7 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
     title = f"{report['name']}: {report['split']} split, seed {report['seed']}"
     print_table(console, report["rows"], columns, title, legend=True)
     click.echo("\n".join(["", *(textwrap.fill(line, 79, subsequent_indent="  ") for line in report["findings"]),
-                          "One seed: small differences are noise.", "",
+                          f"One seed: small differences are noise. `paft compare {report['name']}` runs five.", "",
                           f"{out}: report.md, report.json, tradeoff.png, sparsity.png,",
                           f"  adapters/, merges/  ({report['wall_s']:.0f} s)",
                           f"next: paft sparsity-report {out / 'adapters' / next(iter(report['adapters']))}",
