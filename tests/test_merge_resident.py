@@ -85,8 +85,8 @@ def test_every_layout_of_a_base(kind: str, tmp_path: Path) -> None:
     base, name = tmp_path / "base", kind.split()[-1]
     save_model(base, name, tied="tied" in kind, dtype=torch.bfloat16 if "bfloat16" in kind else torch.float32,
                shard="20KB" if "sharded" in kind else None)
-    recipe = MergeRecipe(method="ties", adapters=[str(make(base, tmp_path / f"a{seed}", seed, target_modules="all-linear")) for seed in (1, 2)],
-                         parameters={"density": 0.5}, base=str(base))
+    adapters = [str(make(base, tmp_path / f"a{seed}", seed, target_modules="all-linear")) for seed in (1, 2)]
+    recipe = MergeRecipe(method="ties", adapters=adapters, parameters={"density": 0.5}, base=str(base))
     model, job = load_model(str(base)), open_job(recipe)
     with Resident(model, job.inputs.base).merged(job):
         assert same(model.state_dict(), written(recipe, tmp_path / "out"))
