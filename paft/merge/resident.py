@@ -33,7 +33,8 @@ from paft.naming import Names
 from paft.recipe import MergeRecipe
 
 
-def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | None = None, threads: int | None = None) -> Job:
+def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | None = None, threads: int | None = None,
+             device: str = "cpu") -> Job:
     """The merge of a recipe with all numbers checked, and no tensor read. ``inputs``: its adapters, where they are open already.
 
     ``base`` stands in where the recipe names none. Raises as `engine.merge` does.
@@ -47,7 +48,7 @@ def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | N
     settings = settings.over(inputs.base.entries)
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     job = Job(inputs, recipe.method, settings, recipe.dialect, recipe.seed, dtype, "full", TILE_ELEMENTS, threads or free_cores(),
-              rounding=recipe.rounding)
+              rounding=recipe.rounding, device=device)
     job.check_parameters()
     return job
 
