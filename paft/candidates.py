@@ -79,13 +79,21 @@ def _merged(base: Any, job: Job) -> AbstractContextManager[Any]:
 
 @contextmanager
 def attached(model: Any, adapter: str) -> Iterator[Any]:
-    """``model`` with an adapter on it (`paft.models.wrap`), taken off again at the end: the model is then as it was."""
+    """``model`` with an adapter on it (`paft.models.wrap`), taken off again at the end: the model is then as it was.
+
+    PEFT's ``unload`` alone leaves the adapter's copies of ``modules_to_save`` in place of the model's own modules.
+    """
+    modules = dict(model.named_modules())
     wrapped = wrap(model, adapter)
     try:
         yield wrapped
     finally:
         wrapped.unload()
         vars(model).pop("peft_config", None)  # older PEFT leaves it, and warns of it at the next adapter
+        for name, module in modules.items():
+            parent, _, leaf = name.rpartition(".")
+            if name and getattr(modules[parent], leaf) is not module:
+                setattr(modules[parent], leaf, module)
 
 
 def _template(adapters: list[str]) -> str | None:
