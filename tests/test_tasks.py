@@ -120,6 +120,7 @@ def test_tasks_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         Harness(["mine"], path=folder)
 
 
+@pytest.mark.slow
 def test_presets_are_tasks_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval.tasks
 
