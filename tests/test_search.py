@@ -26,7 +26,7 @@ from paft.recipe import MergeRecipe, load
 from paft.search import search as module
 from paft.search.front import front_of, rows_of
 from paft.search.search import Plan, search
-from paft.search.space import make_space
+from paft.search.space import make_space, parted
 from paft.search.study import Seeded, complete, open_study, run_trials
 
 
@@ -179,6 +179,10 @@ def test_groups_part_the_layers(plan: Plan) -> None:
     inputs = open_inputs(plan.adapters, plan.base)
     space = make_space(inputs, plan.adapters, str(plan.base), groups=2, ranges={"weight": (0.0, 3.0)})
     assert space.groups == ((0, 0), (1, 1))
+    for layers, count in ((30, 4), (7, 7), (5, 2)):
+        groups = [list(range(first, last + 1)) for first, last in parted(layers, count)]
+        assert sum(groups, []) == list(range(layers)) and len(groups) == count
+        assert max(map(len, groups)) - min(map(len, groups)) <= 1
     numbers = {f"weight.{i}.{g}": i + g / 10 for i, g in itertools.product(range(2), range(2))}
     job = open_job(space.recipe("task_arithmetic", numbers), inputs)
     for name in inputs.touched():

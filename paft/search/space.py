@@ -120,11 +120,15 @@ def make_space(inputs: Inputs, adapters: Sequence[str], base: str, *, chosen: Se
     layers = max((layer + 1 for layer in map(_layer_in(inputs), inputs.touched()) if layer is not None), default=0)
     if groups > max(1, layers):
         raise UsageError(f"{groups} groups of {layers} layers", hint=f"at most --layer-groups {max(1, layers)}")
-    edges = [round(i * layers / groups) for i in range(groups + 1)]
-    spans = tuple((a, b - 1) for a, b in itertools.pairwise(edges)) if groups > 1 else ()
-    space = Space(tuple(adapters), base, chosen, {**RANGES, **(ranges or {})}, spans, seed)
+    space = Space(tuple(adapters), base, chosen, {**RANGES, **(ranges or {})}, parted(layers, groups), seed)
     space.check(inputs)
     return space
+
+
+def parted(layers: int, groups: int) -> tuple[tuple[int, int], ...]:
+    """(first, last) layer of each of ``groups`` groups of as equal size as can be; none for one group."""
+    edges = [round(i * layers / groups) for i in range(groups + 1)]
+    return tuple((a, b - 1) for a, b in itertools.pairwise(edges)) if groups > 1 else ()
 
 
 def _layer_in(inputs: Inputs) -> Any:
