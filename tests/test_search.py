@@ -181,7 +181,7 @@ def test_groups_part_the_layers(plan: Plan) -> None:
     assert space.groups == ((0, 0), (1, 1))
     for layers, count in ((30, 4), (7, 7), (5, 2)):
         groups = [list(range(first, last + 1)) for first, last in parted(layers, count)]
-        assert sum(groups, []) == list(range(layers)) and len(groups) == count
+        assert list(itertools.chain(*groups)) == list(range(layers)) and len(groups) == count
         assert max(map(len, groups)) - min(map(len, groups)) <= 1
     numbers = {f"weight.{i}.{g}": i + g / 10 for i, g in itertools.product(range(2), range(2))}
     job = open_job(space.recipe("task_arithmetic", numbers), inputs)
