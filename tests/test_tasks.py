@@ -47,10 +47,13 @@ NOTHING: dict[str, Any] = {"sft_data": None, "pref_data": None, "text": None, "b
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     file = write_jsonl(folder / "mine.jsonl", ROWS)
-    for name, data in (("mine", file), ("gone", folder / "gone.jsonl")):
+    few = write_jsonl(folder / "few.jsonl", ROWS[:3])
+    for name, data in (("mine", file), ("few", few), ("gone", folder / "gone.jsonl")):
         (folder / f"{name}.yaml").write_text(TASK.replace("NAME", name).replace("FILE", str(data)))
     wrong = TASK.replace("NAME", "wrong").replace("FILE", str(file)).replace("multiple_choice", "choice")
     (folder / "wrong.yaml").write_text(wrong)
+    (folder / "both.yaml").write_text("group: both\ntask: [mine, few]\naggregate_metric_list:\n"
+                                      "  - {metric: acc, aggregation: mean, weight_by_size: true}\n")
     return folder
 
 
@@ -92,6 +95,14 @@ def test_shots_and_limit(folder: Path, tiny_base: Path) -> None:
     assert found["tasks"]["mine"]["shots"] == 2 and found["mine"] == pytest.approx(by_hand(model, tokenizer, 2))
     assert "2 shots" in harness.columns[0].help
     assert Harness(["mine"], path=folder, limit=2)("it", model, tokenizer)["tasks"]["mine"]["rows"] == 2
+
+
+def test_a_group_is_one_column(folder: Path, tiny_base: Path) -> None:
+    model, tokenizer = load_model(str(tiny_base)), load_tokenizer(str(tiny_base))
+    row = Harness(["both", "mine", "few"], path=folder)("it", model, tokenizer)
+    assert list(row["tasks"]) == ["both", "mine", "few"] and row["tasks"]["both"]["rows"] == 9
+    assert row["both"] == pytest.approx((6 * row["mine"] + 3 * row["few"]) / 9)
+    assert row["mine"] != row["few"]
 
 
 def test_candidates_in_memory_score_as_alone(folder: Path, tiny_base: Path, make_adapter: AdapterFactory, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ _ANSWERED = ("alpaca_out", "judge", "reward_model")
 
 
 @click.command("eval")
-@click.argument("candidates", nargs=-1, metavar="MODEL|ADAPTER...")
+@click.argument("candidates", nargs=-1, metavar="[MODEL|ADAPTER]...")
 @click.option("--merge", "merges", multiple=True, metavar="RECIPE", help="A merge recipe, scored in memory; nothing is written.")
 @click.option("--sft-data", metavar="DATA", help="Held-out instruction rows.")
 @click.option("--pref-data", metavar="DATA", help="Held-out preference rows.")

@@ -33,11 +33,11 @@ from paft.naming import Names
 from paft.recipe import MergeRecipe
 
 
-def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | None = None, threads: int | None = None,
-             device: str = "cpu") -> Job:
+def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | None = None, device: str = "cpu") -> Job:
     """The merge of a recipe with all numbers checked, and no tensor read. ``inputs``: its adapters, where they are open already.
 
-    ``base`` stands in where the recipe names none. Raises as `engine.merge` does.
+    ``base`` stands in where the recipe names none; ``device`` is where deltas are computed (on another than the CPU they agree
+    with the written merge to float32's rounding). Raises as `engine.merge` does.
     """
     if recipe.engine != "paft":
         raise UsageError(f"engine {recipe.engine} cannot merge in memory", hint="paft merge it, and name the directory")
@@ -47,7 +47,7 @@ def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | N
     inputs = inputs or open_inputs(settings.inputs, recipe.base or base)
     settings = settings.over(inputs.base.entries)
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-    job = Job(inputs, recipe.method, settings, recipe.dialect, recipe.seed, dtype, "full", TILE_ELEMENTS, threads or free_cores(),
+    job = Job(inputs, recipe.method, settings, recipe.dialect, recipe.seed, dtype, "full", TILE_ELEMENTS, free_cores(),
               rounding=recipe.rounding, device=device)
     job.check_parameters()
     return job
