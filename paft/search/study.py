@@ -2,9 +2,10 @@
 
     minimise (f_SFT, f_DPO)(recipe)      multi-objective TPE (Ozaki et al., GECCO 2020), after anchors and random trials
 
-TPE rather than NSGA-II: a search has some hundred trials of seconds each, and a space whose numbers depend on the method; one
-generation of NSGA-II is 50 trials, while TPE models each method's numbers from the first twenty on, and counts what other
-processes have at work (constant liar).
+TPE rather than NSGA-II: a search has some hundred trials of seconds each, and numbers that depend on the method; a generation of
+NSGA-II is 50 trials by default, while TPE models each number from the first dozen on and counts what other processes have at
+work (constant liar). Two demo adapters with two layer groups, 60 trials, two seeds, hypervolume below (3, 2) nats: TPE 3.47 and
+3.58, multivariate TPE 3.49 and 3.40, NSGA-II with a population of 12 3.52 and 3.27, random 3.32 and 3.24.
 
 Every trial draws from a sampler of its own, seeded by (seed, number of trials before it that did not fail), so a study in one
 process that was interrupted and resumed has the trials of one that was not.
@@ -47,8 +48,8 @@ class Seeded(BaseSampler):
         digest = hashlib.sha256(f"{self.seed}\0{slot}".encode()).digest()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._tpe = TPESampler(seed=int.from_bytes(digest[:4], "little"), multivariate=True, group=True,
-                                   constant_liar=True, n_startup_trials=max(10, 2 * len(self.anchors)))
+            self._tpe = TPESampler(seed=int.from_bytes(digest[:4], "little"), constant_liar=True,
+                                   n_startup_trials=max(10, 2 * len(self.anchors)))
 
     def infer_relative_search_space(self, study: Any, trial: FrozenTrial) -> dict[str, Any]:
         return {} if self._anchor else self._tpe.infer_relative_search_space(study, trial)
