@@ -115,10 +115,11 @@ class Evaluator:
         return scores
 
     @torch.no_grad()
-    def answers(self, model: Any, rows: list[Row]) -> list[str]:
+    def answers(self, model: Any, rows: list[Row], **sampling: Any) -> list[str]:
         """Greedy answers of at most ``generate`` tokens to the rows' prompts, special tokens removed.
 
-        A prompt that leaves no room for them loses its beginning.
+        A prompt that leaves no room for them loses its beginning. ``sampling``: `generate`'s own options, for answers that are
+        drawn (do_sample, temperature).
         """
         tokenizer, texts = self.tokenizer, []
         room = max(1, _positions(model) - self.generate)
@@ -127,8 +128,9 @@ class Evaluator:
             width = max(map(len, prompts))
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=self.generate, do_sample=False,
-                                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=self.generate,
+                                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                                 **{"do_sample": False, **sampling})
             texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return texts
 

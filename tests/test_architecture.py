@@ -24,7 +24,7 @@ MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 50, 150
 # A module may import from its own place in the flow or an earlier one; rooms in one place are siblings.
 FLOW = """errors progress | yamlfile hub provenance | complaint sections recipe card | catalog demo | data models tokens parallel
     | checkpoint | factors | peftfile | adapter | naming | variants | tying | placement | evaluate | train | delta | merge
-    | report | candidates probe | runplan | run | compare | cli | __main__"""
+    | report | answers candidates probe search tasks | runplan | run | compare | cli | __main__"""
 RANK = {room: rank for rank, rooms in enumerate(FLOW.split("|")) for room in rooms.split()}
 
 CHOICES = {"method", "merge_method", "schedule"}

@@ -30,11 +30,11 @@ def cli() -> None:
 
 
 def _register() -> None:
-    from paft.cli import analysis, compare, delta, merge, report, system, train
+    from paft.cli import analysis, compare, delta, merge, report, search, system, train
 
     for command in (system.run, train.train_sft, train.train_dpo, train.train_joint, merge.merge, merge.methods, delta.delta,
-                    analysis.sparsity_report, analysis.interference, report.evaluate, compare.compare, system.recipes,
-                    system.verify):
+                    analysis.sparsity_report, analysis.interference, report.evaluate, compare.compare, search.search,
+                    system.recipes, system.verify):
         cli.add_command(command)
 
 
