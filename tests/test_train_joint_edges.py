@@ -1,0 +1,48 @@
+"""Joint training at the edges of what can be asked: data of a few rows or of two kinds, budgets of tokens, epochs, a bad stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datakit import write_jsonl
+from test_train_joint_stage import ROWS, evaluations, recipe, records
+from trainkit import pref_rows, sft_rows
+
+from paft.errors import UsageError
+from paft.train.losses import unpair
+from paft.train.stage import plan, train
+
+PAIRS = pref_rows(40)
+SCORES = [{**row, "label": 0.3} for row in unpair(pref_rows(20, seed=3))]
+
+
+def files(folder: Path, feedback: list[Any], sft: int = 40) -> dict[str, str]:
+    return {"sft_data": str(write_jsonl(folder / "sft.jsonl", sft_rows(sft))),
+            "pref_data": str(write_jsonl(folder / "pref.jsonl", feedback))}
+
+
+def test_feedback_of_pairs_is_held_out_and_estimated_as_pairs(tiny_base: Path, tmp_path: Path) -> None:
+    """UFT reads a pair as two rows, and the DPO loss of held-out pairs and of the training of DPO alone needs them whole."""
+    made = recipe(tiny_base, "uft", estimate_optima=True, eval_fraction=0.3, **files(tmp_path, PAIRS),
+                  trainer={"max_steps": 4, "eval_steps": 2})
+    train(made, tmp_path / "a", quiet=True)
+    assert {"eval_dpo_gap", "eval_ideal_distance"} <= evaluations(tmp_path / "a")[-1].keys()
+
+
+@pytest.mark.parametrize(("fields", "said"), [({"eval_fraction": 0.3}, "held-out feedback is no pairs"),
+                                              ({"estimate_optima": True}, "labels or scores")])
+def test_scores_have_no_dpo_loss(fields: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Said before any work, by --dry-run too."""
+    made = recipe(tiny_base, "uft", **fields, **files(tmp_path, SCORES))
+    for run in (plan, train):
+        with pytest.raises(UsageError, match=said):
+            run(made, tmp_path / "a", quiet=True)
+
+
+def test_pairs_and_scores_in_one_set(tiny_base: Path, tmp_path: Path) -> None:
+    made = recipe(tiny_base, "uft", lam=1.0, **files(tmp_path, [*PAIRS[:3], *SCORES[:4]]), trainer={
+        "max_steps": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1})
+    assert train(made, tmp_path / "a", quiet=True)["metrics"]["steps"] == 2 * 3 + 4
