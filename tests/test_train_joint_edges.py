@@ -11,7 +11,7 @@ from datakit import write_jsonl
 from test_train_joint_stage import ROWS, evaluations, recipe, records
 from trainkit import pref_rows, sft_rows
 
-from paft.errors import UsageError
+from paft.errors import MismatchError, UsageError
 from paft.train.losses import unpair
 from paft.train.stage import plan, train
 
@@ -46,3 +46,20 @@ def test_pairs_and_scores_in_one_set(tiny_base: Path, tmp_path: Path) -> None:
     made = recipe(tiny_base, "uft", lam=1.0, **files(tmp_path, [*PAIRS[:3], *SCORES[:4]]), trainer={
         "max_steps": -1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1})
     assert train(made, tmp_path / "a", quiet=True)["metrics"]["steps"] == 2 * 3 + 4
+
+
+@pytest.mark.parametrize("steps", [-1, 3])
+def test_fewer_rows_than_a_whole_batch_are_refused(steps: int, tiny_base: Path, tmp_path: Path) -> None:
+    """They would be looked for without end."""
+    made = recipe(tiny_base, "alright", lam=0.0, **files(tmp_path, PAIRS, sft=3), trainer={
+        "max_steps": steps, "per_device_train_batch_size": 4, "dataloader_drop_last": True})
+    with pytest.raises(MismatchError, match="makes no batch"):
+        train(made, tmp_path / "a", quiet=True)
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_the_plan_counts_whole_batches_where_others_are_dropped(tiny_base: Path, tmp_path: Path) -> None:
+    made = recipe(tiny_base, "alright", **files(tmp_path, PAIRS[:11], sft=7), trainer={
+        "max_steps": -1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "dataloader_drop_last": True})
+    steps = plan(made, tmp_path / "a", quiet=True)["steps"]
+    assert steps == train(made, tmp_path / "a", quiet=True)["metrics"]["steps"] == 1 + 2

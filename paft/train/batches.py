@@ -8,6 +8,8 @@ from typing import Any
 from accelerate import skip_first_batches
 from transformers.trainer_utils import has_length
 
+from paft.errors import MismatchError
+
 
 class Batches:
     """Cycles over ``loader`` on its own. ``taken`` batches were used; batches that were only looked at come again.
@@ -46,11 +48,15 @@ class Batches:
         done, skip = divmod(taken, len(self)) if len(self) else (0, 0)
         unknown = 0 if len(self) else taken  # of rows that cannot be counted, those that were used are read again
         while True:
+            empty = not skip
             for batch in self._pass(done, skip):
+                empty = False
                 if unknown:
                     unknown -= 1
                 else:
                     yield batch
+            if empty:
+                raise no_batch()
             done, skip = done + 1, 0
 
     def _pass(self, number: int, skip: int) -> Iterator[Any]:
@@ -60,6 +66,12 @@ class Batches:
             loader = skip_first_batches(loader, skip)
             _set_epoch(loader, number)
         yield from loader
+
+
+def no_batch() -> MismatchError:
+    """A data set without end of which nothing ever comes."""
+    return MismatchError("a pass over the rows makes no batch: no row can be used, or trainer.dataloader_drop_last drops them all",
+                         hint="lower trainer.per_device_train_batch_size or sft_batch_size, or leave dataloader_drop_last out")
 
 
 def _set_epoch(loader: Any, number: int) -> None:
