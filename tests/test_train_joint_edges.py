@@ -11,7 +11,7 @@ from datakit import write_jsonl
 from test_train_joint_stage import ROWS, evaluations, recipe, records
 from trainkit import pref_rows, sft_rows
 
-from paft.errors import MismatchError, UsageError
+from paft.errors import MismatchError, NotFoundError, PaftError, UsageError
 from paft.train.losses import unpair
 from paft.train.stage import plan, train
 
@@ -63,3 +63,22 @@ def test_the_plan_counts_whole_batches_where_others_are_dropped(tiny_base: Path,
         "max_steps": -1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "dataloader_drop_last": True})
     steps = plan(made, tmp_path / "a", quiet=True)["steps"]
     assert steps == train(made, tmp_path / "a", quiet=True)["metrics"]["steps"] == 1 + 2
+
+
+def test_a_front_that_cannot_be_reached_is_refused_before_any_work(tiny_base: Path, tmp_path: Path) -> None:
+    """Of no evaluation, of no log, of other held-out rows, of another β; the same rows and β are taken."""
+    place = tmp_path / "front"
+    made = recipe(tiny_base, "alright", stop_front=str(place), beta=0.2)
+    unheld = {**ROWS, "sft_eval": [], "pref_eval": []}
+    other = {**ROWS, "pref_eval": pref_rows(7, seed=8)}
+    cases: list[tuple[type[PaftError], str, dict[str, Any], dict[str, Any]]] = [
+        (NotFoundError, "no log.jsonl", ROWS, {}), (UsageError, "stop_front needs evaluation", unheld, {}),
+        (UsageError, "eval_strategy is no", ROWS, {"trainer": {"eval_strategy": "no"}}),
+        (MismatchError, "other held-out rows", other, {}), (MismatchError, "β = 0.2", ROWS, {"beta": 0.1})]
+    for error, said, rows, fields in cases:
+        with pytest.raises(error, match=said):
+            train(made.model_copy(update=fields), tmp_path / "a", rows=rows, quiet=True)
+        assert not list(tmp_path.glob("a*"))
+        if error is NotFoundError:
+            train(made.model_copy(update={"stop_front": None}), place, rows=ROWS, quiet=True)
+    train(made, tmp_path / "b", rows=ROWS, quiet=True)
