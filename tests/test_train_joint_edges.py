@@ -12,6 +12,7 @@ from test_train_joint_stage import ROWS, evaluations, recipe, records
 from trainkit import pref_rows, sft_rows
 
 from paft.errors import MismatchError, NotFoundError, PaftError, UsageError
+from paft.train import term
 from paft.train.losses import unpair
 from paft.train.stage import plan, train
 
@@ -82,3 +83,34 @@ def test_a_front_that_cannot_be_reached_is_refused_before_any_work(tiny_base: Pa
         if error is NotFoundError:
             train(made.model_copy(update={"stop_front": None}), place, rows=ROWS, quiet=True)
     train(made, tmp_path / "b", rows=ROWS, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["alright", "mix", "sequential"])
+def test_the_last_step_of_a_budget_of_tokens_is_known_as_such(
+    method: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proximal solver settles in it, the last evaluation belongs to it, and the end of the learning rate is zero before."""
+    settled: list[int] = []
+    swings: list[float] = []
+    settle, report = term.settle, term.L1Term.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        swings.append(term.slack(kwargs["lr_scheduler"], state.max_steps) - kwargs["lr_scheduler"].get_last_lr()[0] / 2)
+        report(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(term, "settle", lambda *args, **kwargs: settled.append(1) or settle(*args, **kwargs))
+    monkeypatch.setattr(term.L1Term, "on_step_end", on_step_end)
+    made = recipe(tiny_base, method, max_tokens=400, l1=1e-3, l1_solver="proximal",
+                  trainer={"max_steps": -1, "lr_scheduler_type": "linear", "eval_steps": 100})
+    steps = train(made, tmp_path / "a", rows=ROWS, quiet=True)["metrics"]["steps"]
+    assert settled == [1]
+    assert swings[:-1] == pytest.approx([0.0] * (int(steps) - 1), abs=1e-12)
+    assert evaluations(tmp_path / "a")[-1]["step"] == steps > 2
+    assert records(tmp_path / "a")[-1]["step"] == steps and "train_loss" in records(tmp_path / "a")[-1]
+
+
+@pytest.mark.parametrize(("fields", "said"), [({"trainer": {"max_steps": 7}}, "one budget"),
+                                              ({"trainer": {"max_steps": -1}, "l1": 1e-4, "l1_warmup": 0.1}, "share of the steps")])
+def test_a_budget_of_tokens_is_the_only_one(fields: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        train(recipe(tiny_base, "alright", max_tokens=400, **fields), tmp_path / "a", rows=ROWS, quiet=True)

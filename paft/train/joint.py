@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
 from paft.data import Row
+from paft.errors import UsageError
 from paft.evaluate import Held
 from paft.train import budget, losses, preference
 from paft.train.front import read
@@ -49,8 +49,6 @@ class TwoObjectives(TwoSets):
         """Train by ``schedule``; call once before ``train``."""
         self.schedule, self.gaps, self.max_tokens = schedule, gaps, max_tokens
         self.args.max_steps = schedule.steps
-        if max_tokens:
-            self.add_callback(_Spent(self))
 
     def get_train_dataloader(self) -> DataLoader:
         """A clock, one pass of which is the whole budget; the batches come from ``self.batches``."""
@@ -66,8 +64,9 @@ class TwoObjectives(TwoSets):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _share_spent(self, step: int) -> float:
+        """The time of the learning rate, in steps of T; that of T itself is the end, however many tokens are spent now."""
         assert self.max_tokens
-        return self.schedule.steps * min(1.0, self.tokens / self.max_tokens)
+        return self.schedule.steps * (min(1.0, self.tokens / self.max_tokens) if step < self.schedule.steps else 1.0)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         ticks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -86,6 +85,8 @@ class TwoObjectives(TwoSets):
         self.taken += LETTERS[next(iter(drawn))] if len(drawn) == 1 else "B"
         count = sum(batch["attention_mask"].sum() for batches in drawn.values() for batch in batches)
         self.tokens += int(self.accelerator.reduce(count, "sum").item())  # type: ignore[union-attr]
+        if self.max_tokens and self.tokens >= self.max_tokens:
+            self.state.max_steps = step + 1  # for all who do something in the last step
         return [{name: batches[i] for name, batches in drawn.items()} for i in range(len(ticks))], None
 
     @torch.no_grad()
@@ -142,17 +143,6 @@ class JointTrainer(HeldOut, Penalised, TwoObjectives):
     """L = Σ_objective weight·loss + penalty."""
 
 
-class _Spent(TrainerCallback):
-    """Ends the training when the budget of tokens is spent."""
-
-    def __init__(self, trainer: TwoObjectives) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.max_tokens
-        control.should_training_stop |= self.trainer.tokens >= self.trainer.max_tokens
-
-
 def _tick(found: list[int]) -> dict[str, list[int]]:
     return {"tick": found}
 
@@ -161,8 +151,14 @@ ROLE = "pref"
 
 
 def check(recipe: JointRecipe) -> None:
-    """UsageError for a loss that is none of pairs; loads no model."""
+    """UsageError for a loss that is none of pairs, for two budgets, and for a share of steps that are not known; loads no model."""
     losses.check_pairs(recipe)
+    if recipe.max_tokens and recipe.trainer.get("max_steps", -1) > 0:
+        raise UsageError(f"max_tokens is {recipe.max_tokens}, and trainer.max_steps {recipe.trainer['max_steps']}: one budget",
+                         hint="--set trainer.max_steps=-1, or leave max_tokens out")
+    if recipe.max_tokens and 0 < recipe.l1_warmup < 1:
+        raise UsageError(f"l1_warmup is a share of the steps ({recipe.l1_warmup:g}), and a budget of tokens leaves them open",
+                         hint="say it in steps, for example --l1-warmup 50")
 
 
 def config(recipe: JointRecipe) -> type:
