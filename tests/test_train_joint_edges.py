@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from datakit import write_jsonl
 from test_train_joint_stage import ROWS, evaluations, recipe, records
+from test_train_resume import Killed, die_at, killed
 from trainkit import pref_rows, sft_rows
 
+from paft.adapter import WEIGHTS
 from paft.errors import MismatchError, NotFoundError, PaftError, UsageError
-from paft.train import term
+from paft.train import term, work
 from paft.train.losses import unpair
 from paft.train.stage import plan, train
 
@@ -114,3 +116,23 @@ def test_the_last_step_of_a_budget_of_tokens_is_known_as_such(
 def test_a_budget_of_tokens_is_the_only_one(fields: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
         train(recipe(tiny_base, "alright", max_tokens=400, **fields), tmp_path / "a", rows=ROWS, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["alright", "sequential"])
+def test_each_epoch_is_evaluated_logged_and_kept(method: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch is as many steps as one of both sets takes; what dies in the third goes on from the second, to the bit."""
+    epochs = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), "epoch")
+    made = recipe(tiny_base, method, trainer={**epochs, "max_steps": -1, "num_train_epochs": 3, "eval_on_start": False})
+    train(made, tmp_path / "whole", rows=ROWS, quiet=True)
+    told = evaluations(tmp_path / "whole")
+    assert [each["epoch"] for each in told] == [1.0, 2.0, 3.0]
+    each = told[0]["step"]
+    assert [one["step"] for one in told] == [each, 2 * each, 3 * each] and each == 4 + 3
+    with monkeypatch.context() as patch:
+        die_at(2 * each + 2, killed, patch.setattr)
+        with pytest.raises(Killed):
+            train(made, tmp_path / "a", rows=ROWS, quiet=True)
+    assert work.newest(tmp_path / "a.partial") == tmp_path / "a.partial" / f"checkpoint-{2 * each}"
+    train(made, tmp_path / "a", rows=ROWS, resume=True, quiet=True)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert records(tmp_path / "a") == records(tmp_path / "whole")

@@ -7,6 +7,7 @@ One decision an *optimiser* step, whatever the accumulation, the same on every p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class TwoObjectives(TwoSets):
     gaps: Gaps
     weights: Mapping[str, float]
     max_tokens: int | None
+    epochs: float  # that the budget is; 1 where it is none of epochs
     taken = ""  # the objective of each step so far: D, S, or B for both
     told_of = 0  # of these, how many an evaluation has told of
     tokens = 0  # that are no padding, in all batches trained on, over all processes
@@ -48,11 +50,12 @@ class TwoObjectives(TwoSets):
     def follow(self, schedule: Schedule, gaps: Gaps, max_tokens: int | None = None) -> None:
         """Train by ``schedule``; call once before ``train``."""
         self.schedule, self.gaps, self.max_tokens = schedule, gaps, max_tokens
+        self.epochs = 1.0 if max_tokens or self.args.max_steps > 0 else max(1.0, self.args.num_train_epochs)
         self.args.max_steps = schedule.steps
 
     def get_train_dataloader(self) -> DataLoader:
-        """A clock, one pass of which is the whole budget; the batches come from ``self.batches``."""
-        ticks: Any = range(self.schedule.steps * self.args.gradient_accumulation_steps)
+        """A clock, one pass of which is an epoch, or the whole of another budget; the batches come from ``self.batches``."""
+        ticks: Any = range(math.ceil(self.schedule.steps / self.epochs) * self.args.gradient_accumulation_steps)
         return DataLoader(ticks, batch_size=1, collate_fn=_tick)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
