@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +113,18 @@ def test_the_last_step_of_a_budget_of_tokens_is_known_as_such(
     assert records(tmp_path / "a")[-1]["step"] == steps and "train_loss" in records(tmp_path / "a")[-1]
 
 
-@pytest.mark.parametrize(("fields", "said"), [({"trainer": {"max_steps": 7}}, "one budget"),
-                                              ({"trainer": {"max_steps": -1}, "l1": 1e-4, "l1_warmup": 0.1}, "share of the steps")])
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"trainer": {"max_steps": 7}}, "one budget"),
+    ({"trainer": {"max_steps": -1}, "l1": 1e-4, "l1_warmup": 0.1}, "share of the steps")])
 def test_a_budget_of_tokens_is_the_only_one(fields: dict[str, Any], said: str, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
         train(recipe(tiny_base, "alright", max_tokens=400, **fields), tmp_path / "a", rows=ROWS, quiet=True)
 
 
 @pytest.mark.parametrize("method", ["alright", "sequential"])
-def test_each_epoch_is_evaluated_logged_and_kept(method: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_is_evaluated_logged_and_kept(
+    method: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An epoch is as many steps as one of both sets takes; what dies in the third goes on from the second, to the bit."""
     epochs = dict.fromkeys(("eval_strategy", "logging_strategy", "save_strategy"), "epoch")
     made = recipe(tiny_base, method, trainer={**epochs, "max_steps": -1, "num_train_epochs": 3, "eval_on_start": False})
@@ -136,3 +141,20 @@ def test_each_epoch_is_evaluated_logged_and_kept(method: str, tiny_base: Path, t
     train(made, tmp_path / "a", rows=ROWS, resume=True, quiet=True)
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     assert records(tmp_path / "a") == records(tmp_path / "whole")
+
+
+def test_optima_that_another_process_estimates_are_waited_for(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the workers of a run come to do; a lock of another file handle is one of another process."""
+    made = recipe(tiny_base, "alright", estimate_optima=True, trainer={"max_steps": 2, "eval_strategy": "no"})
+    first = train(made, tmp_path / "a", rows=ROWS, quiet=True)
+    (place,) = tmp_path.glob("optima-*")
+    shutil.rmtree(place)
+    waits = threading.Event()
+    monkeypatch.setattr(work, "say", lambda line, **kwargs: waits.set() if line.startswith("waiting") else None)
+    with ThreadPoolExecutor(1) as pool:
+        with work.turn_at(place):
+            second = pool.submit(train, made, tmp_path / "b", rows=ROWS, quiet=True)
+            assert waits.wait(60) and not list(place.iterdir())
+        assert second.result()["optima"] == first["optima"]

@@ -70,7 +70,7 @@ class Batches:
 
 def no_batch() -> MismatchError:
     """A data set without end of which nothing ever comes."""
-    return MismatchError("a pass over the rows makes no batch: no row can be used, or trainer.dataloader_drop_last drops them all",
+    return MismatchError("a pass over the rows makes no batch: none can be used, or trainer.dataloader_drop_last drops them",
                          hint="lower trainer.per_device_train_batch_size or sft_batch_size, or leave dataloader_drop_last out")
 
 

@@ -48,7 +48,7 @@ def note_packing(recipe: TrainRecipe, *, quiet: bool = False) -> None:
 
 
 def check_evaluation(recipe: TrainRecipe, rows: Mapping[str, Sequence[Any]]) -> None:
-    """UsageError where the recipe judges by evaluation data and there are none; for a front to stop at, what `front.check` raises."""
+    """UsageError where the recipe judges by evaluation data and there are none; what `front.check` raises."""
     if (key := wants_evaluation(recipe)) and not evaluated(rows):
         flags = "--sft-eval-data and --pref-eval-data" if "pref" in rows else "--eval-data"
         raise UsageError(f"{key} needs evaluation data", hint=f"pass {flags}, or --eval-fraction 0.1")

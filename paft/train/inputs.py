@@ -47,7 +47,8 @@ def _alike(recipe: JointRecipe, feedback: list[Row]) -> list[Row]:
     if recipe.estimate_optima:
         raise UsageError("--estimate-optima trains DPO alone, which takes pairs, and the feedback has labels or scores",
                          hint="pass --sft-opt and --dpo-opt instead")
-    return [each | {"label": float(each["label"])} for row in feedback for each in ([row] if "label" in row else losses.unpair([row]))]
+    apart = (each for row in feedback for each in ([row] if "label" in row else losses.unpair([row])))
+    return [each | {"label": float(each["label"])} for each in apart]
 
 
 def _read(recipe: TrainRecipe, role: Role, source: Sources, eval_source: Sources | None,

@@ -154,7 +154,7 @@ ROLE = "pref"
 
 
 def check(recipe: JointRecipe) -> None:
-    """UsageError for a loss that is none of pairs, for two budgets, and for a share of steps that are not known; loads no model."""
+    """UsageError for a loss that is none of pairs, two budgets, and a share of steps that are not known; loads no model."""
     losses.check_pairs(recipe)
     if recipe.max_tokens and recipe.trainer.get("max_steps", -1) > 0:
         raise UsageError(f"max_tokens is {recipe.max_tokens}, and trainer.max_steps {recipe.trainer['max_steps']}: one budget",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft.errors import MismatchError, UsageError
 from paft.train.schedules import OBJECTIVES, SCHEDULES
-from paft.train.work import PLACES
+from paft.train.work import PLACES, turn_at
 from paft.train.work import place as partial_of
 
 if TYPE_CHECKING:
@@ -56,8 +56,11 @@ def given(recipe: JointRecipe) -> dict[str, float]:
     return {name: value for name, value in (("dpo", recipe.dpo_opt), ("sft", recipe.sft_opt)) if value is not None}
 
 
-def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Callable[..., Any]) -> Optima:
+def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Callable[..., Any], *,
+            quiet: bool = False) -> Optima:
     """The optima of ``recipe``; where they are to be estimated, ``train(recipe, out, label=...)`` trains what is not there yet.
+
+    What another process estimates at the same time is waited for.
 
     ``begun`` is what identifies the training (`paft.train.stage`): its recipe, and the content of base, reference and data.
     """
@@ -66,13 +69,14 @@ def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Cal
     if not recipe.estimate_optima:
         return Optima()
     place = out.parent / f"optima-{_hash(begun)}"
+    neutral = {key: type(recipe).model_fields[key].get_default() for key in FREE}
     found = {}
-    for name, lam in zip(OBJECTIVES, (1.0, 0.0), strict=True):
-        neutral = {key: type(recipe).model_fields[key].get_default() for key in FREE}
-        alone = recipe.model_copy(update={**neutral, "method": "alright", "lam": lam})
-        begun_before = (place / name).exists() or partial_of(place / name).exists()
-        train(alone, place / name, label=f"{name} alone", resume=begun_before)
-        found[name] = _read(place / name, name)
+    with turn_at(place, quiet=quiet):
+        for name, lam in zip(OBJECTIVES, (1.0, 0.0), strict=True):
+            alone = recipe.model_copy(update={**neutral, "method": "alright", "lam": lam})
+            begun_before = (place / name).exists() or partial_of(place / name).exists()
+            train(alone, place / name, label=f"{name} alone", resume=begun_before)
+            found[name] = _read(place / name, name)
     step, held = ({name: each[which] for name, each in found.items() if which in each} for which in ("step", "held"))
     return Optima(step, held, {"estimated": found, "path": place.name})
 

@@ -138,7 +138,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         if isinstance(recipe, DpoRecipe):
             rows = losses.shaped(recipe, rows)
         if isinstance(recipe, JointRecipe):
-            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held))
+            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held), quiet=quiet)
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
         trainer = _build(fit, rows, str(running.directory), held, best, quiet, seat)
         note_packing(recipe, quiet=quiet)
