@@ -56,6 +56,11 @@ def given(recipe: JointRecipe) -> dict[str, float]:
     return {name: value for name, value in (("dpo", recipe.dpo_opt), ("sft", recipe.sft_opt)) if value is not None}
 
 
+def foretell(recipe: JointRecipe) -> str | None:
+    """What `prepare` will do, in words."""
+    return "DPO and SFT, trained alone first; optima-* beside it keeps them" if recipe.estimate_optima else None
+
+
 def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Callable[..., Any], *,
             quiet: bool = False) -> Optima:
     """The optima of ``recipe``; where they are to be estimated, ``train(recipe, out, label=...)`` trains what is not there yet.

@@ -68,6 +68,7 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
             "rows": {name: len(found) for name, found in rows.items()}, "steps": steps,
             "batch": batch, "seconds": round(forecast.seconds(recipe, base, tokenizer, rows, args, steps), 1),
             "base_bytes": size, "adapter_bytes": 4 * adapter, "reference": held,
+            "optima": optima.foretell(recipe) if isinstance(recipe, JointRecipe) else None,
             "memory_bytes": (0 if recipe.full else round(width * parameters(base))) + 16 * adapter + more,
             "recipe": recipe.model_dump()}
 
