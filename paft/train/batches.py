@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import skip_first_batches
 from transformers.trainer_utils import has_length
 
@@ -27,20 +28,32 @@ class Batches:
 
     def peek(self, count: int) -> list[Any]:
         """The next ``count`` batches, which stay where they are."""
-        while len(self._held) < count:
-            self._held.append(next(self._coming))
+        with torch.random.fork_rng(devices=[]):  # see `draw`
+            while len(self._held) < count:
+                self._held.append(next(self._coming))
         return self._held[:count]
 
     def take(self, count: int) -> list[Any]:
         """The next ``count`` batches."""
         found = self.peek(count)
         del self._held[:count]
+        self.begun = sum(place % len(self) == 0 for place in range(self.taken, self.taken + count)) if len(self) else 0
         self.taken += count
         return found
 
+    def draw(self) -> None:
+        """Draw what `DataLoader` does for the seeds of its workers where a pass begins: dropout draws from the same generator.
+
+        Its own draw is undone, as it comes when a batch is fetched, which a look ahead and a resumed training do at other times.
+        This one is for the first forward pass of a step: `Trainer` restores the generator after the step's batches are fetched.
+        """
+        for _ in range(self.begun):
+            torch.empty((), dtype=torch.int64).random_()
+        self.begun = 0
+
     def go_to(self, taken: int) -> None:
         """Go on as if ``taken`` batches had been used."""
-        self.taken = taken
+        self.taken, self.begun = taken, 0
         self._held: list[Any] = []
         self._coming = self._from(taken)
 

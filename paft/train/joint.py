@@ -56,7 +56,7 @@ class TwoObjectives(TwoSets):
     def get_train_dataloader(self) -> DataLoader:
         """A clock, one pass of which is an epoch, or the whole of another budget; the batches come from ``self.batches``."""
         ticks: Any = range(math.ceil(self.schedule.steps / self.epochs) * self.args.gradient_accumulation_steps)
-        return DataLoader(ticks, batch_size=1, collate_fn=_tick)
+        return DataLoader(ticks, batch_size=1, collate_fn=_tick, generator=torch.Generator())  # draws from nobody else's
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         phases = [length for length in self.schedule.phases if length]
@@ -114,6 +114,7 @@ class TwoObjectives(TwoSets):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         steps, total = self.current_gradient_accumulation_steps, torch.zeros((), device=self.accelerator.device)
         for name, weight in self.weights.items():
+            self.batches[name].draw()
             loss = self.loss_of(name, model, inputs[name], self.items[name])
             scale = steps if self.summed(name, self.items[name]) else 1
             mean = self.accelerator.reduce(loss.detach() * scale, "mean").item()  # type: ignore[union-attr]
