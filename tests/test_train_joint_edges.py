@@ -158,3 +158,10 @@ def test_optima_that_another_process_estimates_are_waited_for(
             second = pool.submit(train, made, tmp_path / "b", rows=ROWS, quiet=True)
             assert waits.wait(60) and not list(place.iterdir())
         assert second.result()["optima"] == first["optima"]
+
+
+def test_sft_rows_that_are_dropped_are_counted(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = [{"prompt": "the cat " * 20, "completion": " dog"}] * 3
+    made = recipe(tiny_base, "mix", trainer={"max_length": 30, "max_steps": 1})
+    train(made, tmp_path / "a", rows={**ROWS, "sft": [*ROWS["sft"], *long]})
+    assert "3 of 16 SFT rows dropped: the prompt alone fills max_length=30" in capsys.readouterr().err

@@ -95,12 +95,13 @@ def note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
             return
 
 
-def count_dropped(trainer: Any, given: list[Row], quiet: bool) -> None:
+def count_dropped(trainer: Any, given: list[Row], quiet: bool, sft: list[Row] | None = None) -> None:
     """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
-    if isinstance(given, Stream):
-        return
-    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
-    if not kept:
-        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
-    if kept < len(given) and not getattr(trainer.args, "packing", False):
-        say(f"note: {len(given) - kept} of {len(given)} rows dropped: {why}", quiet=quiet)
+    for kind, rows, left in (("", given, trainer.train_dataset), ("SFT ", sft, getattr(trainer, "sft_rows", None))):
+        if rows is None or left is None or isinstance(rows, Stream):
+            continue
+        kept, why = len(left), f"the prompt alone fills max_length={trainer.args.max_length}"
+        if not kept:
+            raise MismatchError(f"no {kind}row is left to train on: {why}", hint="raise trainer.max_length")
+        if kept < len(rows) and not getattr(trainer.args, "packing", False):
+            say(f"note: {len(rows) - kept} of {len(rows)} {kind}rows dropped: {why}", quiet=quiet)

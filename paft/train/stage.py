@@ -146,7 +146,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
         given = trainer_of(recipe).answers(recipe, rows) if isinstance(recipe, JointRecipe) else rows["train"]
-        count_dropped(trainer, given, quiet)
+        count_dropped(trainer, given, quiet, rows.get("sft"))
         _run(trainer, label or out.name, running, quiet, seat)
         metrics = final(trainer, evaluate=bool(evaluated(rows)))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
