@@ -158,13 +158,15 @@ def train_joint(**given: Any) -> None:
     _train(JointRecipe, given["method"] or "joint", given)
 
 
-USE = {"order": "sequential", "max_eval_steps": "maxright", "smoothing": "maxright", "uft_loss": "uft"}
+OWN = {"sequential": ["order"], "maxright": ["max_eval_steps", "smoothing"], "uft": ["uft_loss"]}  # flags of one method
 
 
 def _check_use(recipe: Any, given: dict[str, Any]) -> None:
     """UsageError for a flag of another method; in a file such a key may wait for its method."""
-    for key, method in USE.items():
-        if given.get(key) is not None and recipe.method != method:
+    own = OWN.get(getattr(recipe, "method", ""), [])
+    others = {key: method for method, keys in OWN.items() for key in keys if key not in own}
+    for key, method in others.items():
+        if given.get(key) is not None:
             raise UsageError(f"--{key.replace('_', '-')} is of --method {method}, and this is {recipe.method}",
                              hint="leave it out, or change the method")
 
