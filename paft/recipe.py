@@ -107,7 +107,7 @@ class JointRecipe(PreferenceRecipe):
     ``estimate_optima`` (`paft.train.optima`). ``max_tokens`` is a budget in place of ``trainer.max_steps``. ``stop_front`` ends
     a training that does as well as the log of another (`paft.train.front`). ``uft_loss`` is UFT's distance of σ(β·log π/π_ref)
     from the target: squared error (the paper's) or cross-entropy; its ``lam`` is the share of feedback rows among all, a pair
-    counting as two. ``trainer`` takes DPOConfig fields, with UFT those of KTOConfig.
+    counting as two. ``trainer`` takes DPOConfig fields, with UFT KTOConfig's; without ``disable_dropout: false`` no dropout acts.
     """
 
     kind: Literal["train-joint"] = "train-joint"

@@ -113,8 +113,7 @@ def test_unpaired_labels(label: Any, read: bool) -> None:
 def test_pairs_serve_as_unpaired_and_scored() -> None:
     good, bad = {"prompt": [user("a")], "completion": [assistant("b")]}, {"prompt": [user("a")], "completion": [assistant("c")]}
     assert shaped(PAIR, "unpaired") == [{**good, "label": True}, {**bad, "label": False}]
-    scored = shaped(PAIR, "scored")
-    assert scored == [{**good, "label": 1.0}, {**bad, "label": 0.0}] and all(isinstance(row["label"], float) for row in scored)
+    assert shaped(PAIR, "scored") == shaped(PAIR, "pref")  # UFT takes them apart itself, and measures DPO on those held out
     assert shaped({"prompt": "a", "completion": "b", "label": 0.3}, "scored")[0]["label"] == 0.3
 
 

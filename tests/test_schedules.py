@@ -172,20 +172,27 @@ def test_the_others_have_one_phase(lam: float, steps: int) -> None:
 # MAXRIGHT's choice
 
 
-@given(lam=WEIGHTS, dpo=st.floats(-1.0, 10.0), sft=st.floats(-1.0, 10.0))
+@given(lam=st.floats(0.0, 1.0, exclude_min=True, exclude_max=True), dpo=st.floats(-1.0, 10.0), sft=st.floats(-1.0, 10.0))
 def test_maxright_takes_the_larger_weighted_gap(lam: float, dpo: float, sft: float) -> None:
     expected = "dpo" if lam * dpo >= (1.0 - lam) * sft else "sft"
     assert Maxright(lam, 10)(0, {"dpo": dpo, "sft": sft}) == {expected: 1.0}
 
 
-TIES = [(0.5, 0.3, 0.3), (0.75, 1.0, 3.0), (0.25, 0.0, 0.0), (1.0, 0.0, 9.0), (0.0, 9.0, 0.0)]
+TIES = [(0.5, 0.3, 0.3), (0.75, 1.0, 3.0), (0.25, 0.0, 0.0)]
 
 
 @pytest.mark.parametrize(("lam", "dpo", "sft"), TIES)
 def test_maxright_ties_go_to_dpo(lam: float, dpo: float, sft: float) -> None:
     schedule = Maxright(lam, 10)
     assert schedule(0, {"dpo": dpo, "sft": sft}) == {"dpo": 1.0}
-    assert schedule(0, {"dpo": dpo, "sft": sft + 1e-9}) == {"dpo" if lam == 1.0 else "sft": 1.0}
+    assert schedule(0, {"dpo": dpo, "sft": sft + 1e-9}) == {"sft": 1.0}
+
+
+@given(dpo=st.floats(-10.0, 10.0), sft=st.floats(-10.0, 10.0))
+def test_maxright_with_all_the_weight_on_one_takes_that_one(dpo: float, sft: float) -> None:
+    """An estimated f* is a mean over batches, so that some batch falls below it: a gap times 0 is larger then."""
+    gaps = {"dpo": dpo, "sft": sft}
+    assert [{name for name, weight in Maxright(lam, 10)(0, gaps).items() if weight} for lam in (1.0, 0.0)] == [{"dpo"}, {"sft"}]
 
 
 @given(k=st.integers(1, 50), t=st.integers(1, 10**6))

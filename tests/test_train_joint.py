@@ -15,6 +15,7 @@ from paft.errors import MismatchError
 from paft.recipe import JointRecipe
 from paft.train import joint
 from paft.train.l1 import penalty
+from paft.train.optima import Optima
 from paft.train.stage import train
 
 STEP = {**SGD, "learning_rate": 0.1, "max_steps": 1, "per_device_train_batch_size": 8}
@@ -47,6 +48,25 @@ def test_one_objective_alone_is_its_own_trainer_to_the_bit(
     both.train()
     other.train()
     assert both.taken == ("D" if lam else "S") * 12
+    assert identical(factors(both), factors(other))
+
+
+@pytest.mark.parametrize("method", ["mix", "maxright"])
+@pytest.mark.parametrize(("lam", "alone"), [(1.0, dpo_trainer), (0.0, sft_trainer)])
+def test_with_dropout_too(
+    method: str, lam: float, alone: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks are the same, in all three passes: no loader draws from their generator but where the other trainer's does."""
+    for module in ("test_train_joint", "test_train_penalised"):
+        monkeypatch.setattr(f"{module}.LORA", {**LORA, "dropout": 0.3})
+    options = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    both = joint_trainer(tiny_base, tmp_path, rows=16, method=method, lam=lam, max_eval_steps=3,
+                         optima=Optima({"dpo": 0.0, "sft": 0.0}), trainer={**options, "disable_dropout": False})
+    set_seed(0)
+    both.train()
+    other = alone(tiny_base, tmp_path, trainer={**options, "disable_dropout": False} if lam else options)
+    set_seed(0)
+    other.train()
     assert identical(factors(both), factors(other))
 
 

@@ -44,7 +44,9 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "mix with the L1 term": ("mix", {"l1": 1e-4}, 7),
     "alright, both sets in their third pass": ("alright", {"lam": 0.4, "trainer": {"disable_dropout": False}}, 9),
     "maxright, between two evaluations of the gaps": (
-        "maxright", {"max_eval_steps": 5, "sft_opt": 4.0, "dpo_opt": 0.6, "smoothing": 0.3}, 7),
+        "maxright", {"max_eval_steps": 5, "sft_opt": 4.0, "dpo_opt": 0.6, "smoothing": 0.3,
+                     "trainer": {"disable_dropout": False}}, 7),
+    "mix, where a pass over the pairs begins": ("mix", {"trainer": {"disable_dropout": False, "save_steps": 5}}, 8),
     "sequential, in its second phase": ("sequential", {"lam": 0.4}, 7),
     "sequential, where the second phase begins": ("sequential", {"lam": 0.5, "order": "sft-dpo"}, 6),
     "uft": ("uft", {"lam": 0.4, "l1": 1e-4}, 7),

@@ -158,6 +158,19 @@ def train_joint(**given: Any) -> None:
     _train(JointRecipe, given["method"] or "joint", given)
 
 
+OWN = {"sequential": ["order"], "maxright": ["max_eval_steps", "smoothing"], "uft": ["uft_loss"]}  # flags of one method
+
+
+def _check_use(recipe: Any, given: dict[str, Any]) -> None:
+    """UsageError for a flag of another method; in a file such a key may wait for its method."""
+    own = OWN.get(getattr(recipe, "method", ""), [])
+    others = {key: method for method, keys in OWN.items() for key in keys if key not in own}
+    for key, method in others.items():
+        if given.get(key) is not None:
+            raise UsageError(f"--{key.replace('_', '-')} is of --method {method}, and this is {recipe.method}",
+                             hint="leave it out, or change the method")
+
+
 def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     names = ("file", "sets", "out", "overwrite", "resume", "dry_run", "show_sample", "as_json", "quiet", "traceback")
     common = {key: given.pop(key) for key in names}
@@ -167,6 +180,7 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     if not recipe.l1 and recipe.l1_target_sparsity is None and (given["l1_solver"] or given["l1_warmup"]):
         raise UsageError("--l1-solver and --l1-warmup act on the L1 term, and there is none",
                          hint="add --l1 1e-4 or --l1-target-sparsity 0.9")
+    _check_use(recipe, given)
     out = common["out"] or Path("adapters") / (file.stem if file else name)
 
     from paft.models import quiet_libraries
@@ -229,7 +243,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
             f"  {made} about {options.size(plan['adapter_bytes'])} on disk; base {options.size(plan['base_bytes'])}",
             f"  about {options.size(plan['memory_bytes'])} of memory, before activations"
             + (f"; {options.duration(plan['seconds'])} on this machine" if plan["seconds"] else ""),
-            *([f"  reference: {plan['reference']}"] if plan.get("reference") else []),
+            *(f"  {name}: {plan[name]}" for name in ("reference", "optima") if plan.get(name)),
             *([left] if plan["unfinished"] else [])]
 
 

@@ -4,7 +4,8 @@
     sft       prompt, completion    (or ``text``)       SFT
     pref      prompt, chosen, rejected                  DPO and kin
     unpaired  prompt, completion, label: bool           KTO
-    scored    prompt, completion, label: 0 ... 1        UFT
+    scored    prompt, completion, label: 0 ... 1, or    UFT
+              a pair as pref has it
     text      text                                      measured only
 
 Prompt and answers are strings or lists of messages (TRL's standard and conversational formats). The first layout in `LAYOUTS`
@@ -16,7 +17,7 @@ whose columns a row has is taken; with a column mapping, the first that uses a m
   own chat template; with the template ``alpaca`` that ships they render as Stanford's prompt, but for its separate input section.
 * ``user`` / ``assistant`` / ``system`` are columns of strings that become messages. A ``system`` column beside any other layout
   comes first in its prompt, which turns strings into messages.
-* Preference pairs serve as unpaired (chosen is true, rejected false) and scored (1 and 0).
+* Preference pairs serve as unpaired (chosen is true, rejected false), and as scored, where they stay pairs.
 * Anthropic's HH-RLHF strings (``\\n\\nHuman: ... \\n\\nAssistant: ...``) are taken apart into messages.
 """
 
@@ -151,11 +152,11 @@ def _labelled(answers: Layout, *, scored: bool) -> Layout:
     return convert
 
 
-def _both(pairs: Layout, *, scored: bool) -> Layout:
+def _both(pairs: Layout) -> Layout:
     def convert(row: Row) -> Iterator[Row]:
         for pair in pairs(row):
             for key, label in (("chosen", True), ("rejected", False)):
-                yield {"prompt": pair["prompt"], "completion": pair[key], "label": float(label) if scored else label}
+                yield {"prompt": pair["prompt"], "completion": pair[key], "label": label}
     return convert
 
 
@@ -243,7 +244,7 @@ _PAIRS: dict[str, Layout] = {
 
 def _with_labels(scored: bool) -> dict[str, Layout]:
     return {f"{columns} label": _labelled(convert, scored=scored) for columns, convert in _ANSWERS.items()} | {
-        columns: _both(convert, scored=scored) for columns, convert in _PAIRS.items()}
+        columns: convert if scored else _both(convert) for columns, convert in _PAIRS.items()}
 
 
 LAYOUTS: dict[Role, dict[str, Layout]] = {

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from paft.errors import UsageError
+from paft.train.batches import no_batch
 from paft.train.schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def steps(recipe: JointRecipe, trainer: Any) -> int:
 def foreseen(recipe: JointRecipe, args: Any, rows: Mapping[str, Sized]) -> int:
     """T before any row is rendered, where none is dropped; 0 for a budget of tokens, since they are not counted yet."""
     sizes = {"pref": args.per_device_train_batch_size, "sft": recipe.sft_batch_size or args.per_device_train_batch_size}
-    passes = {name: math.ceil(len(rows[name]) / size) for name, size in sizes.items()}
+    whole = math.floor if args.dataloader_drop_last else math.ceil
+    passes = {name: whole(len(rows[name]) / size) for name, size in sizes.items()}
     return 0 if recipe.max_tokens else _of_passes(args, passes, SCHEDULES[recipe.method](recipe, 1).together)
 
 
@@ -48,8 +50,7 @@ def of_epochs(args: Any, rows: int) -> int:
     """Optimiser steps, as `Trainer` counts them where no row is dropped or packed."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = rows / args.per_device_train_batch_size
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    batches = (math.floor if args.dataloader_drop_last else math.ceil)(rows / args.per_device_train_batch_size)
     return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
 
 
@@ -57,6 +58,8 @@ def _of_passes(args: Any, passes: Mapping[str, int], together: int) -> int:
     if args.max_steps > 0:
         return args.max_steps
     if not all(passes.values()):
+        if args.dataloader_drop_last:
+            raise no_batch()
         raise UsageError("a stream has no end that is known: it needs trainer.max_steps", hint="--set trainer.max_steps=1000")
     each = [math.ceil(length / args.gradient_accumulation_steps) for length in passes.values()]
     return math.ceil(args.num_train_epochs * sum(each) / together)

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from paft.errors import MismatchError, UsageError
 from paft.models import check_quantize
 from paft.progress import say
-from paft.recipe import TrainRecipe
+from paft.recipe import JointRecipe, TrainRecipe
 from paft.sections import Lora
+from paft.train import front
 from paft.train.options import wants_evaluation
 
 R = TypeVar("R", bound=TrainRecipe)
@@ -47,9 +48,12 @@ def note_packing(recipe: TrainRecipe, *, quiet: bool = False) -> None:
 
 
 def check_evaluation(recipe: TrainRecipe, rows: Mapping[str, Sequence[Any]]) -> None:
-    """UsageError where the recipe judges by evaluation data and there are none."""
+    """UsageError where the recipe judges by evaluation data and there are none; what `front.check` raises."""
     if (key := wants_evaluation(recipe)) and not evaluated(rows):
-        raise UsageError(f"{key} needs evaluation data", hint="pass --eval-data, or --eval-fraction 0.1")
+        flags = "--sft-eval-data and --pref-eval-data" if "pref" in rows else "--eval-data"
+        raise UsageError(f"{key} needs evaluation data", hint=f"pass {flags}, or --eval-fraction 0.1")
+    if isinstance(recipe, JointRecipe):
+        front.check(recipe, rows)
 
 
 def evaluated(rows: Mapping[str, Sequence[Any]]) -> Sequence[Any]:

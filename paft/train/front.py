@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paft.errors import NotFoundError, UsageError
+from paft.data import Row, content_hash
+from paft.errors import MismatchError, NotFoundError, UsageError
+from paft.provenance import read_manifest
+from paft.recipe import JointRecipe
 
 Point = tuple[float, float]  # (f_DPO, f_SFT) on held-out rows
+
+
+def check(recipe: JointRecipe, rows: Mapping[str, Sequence[Row]]) -> None:
+    """What `read` raises, and MismatchError for a front of other held-out rows or another β; before any work."""
+    if recipe.stop_front is None:
+        return
+    read(recipe.stop_front)
+    if recipe.trainer.get("eval_strategy") == "no":
+        raise UsageError("stop_front is looked at in evaluations, and trainer.eval_strategy is no", hint="leave one of them out")
+    for place in {log.parent for log in _logs(recipe.stop_front)}:
+        made = read_manifest(place) or {"recipe": {}, "inputs": {}}
+        for name in ("sft_eval", "pref_eval"):
+            if made["inputs"].get(name) not in (None, content_hash(list(rows[name]))):
+                raise MismatchError(f"{place} was measured on other held-out rows, so its front says nothing here",
+                                    hint=f"hold out the same rows, for example by --{name.replace('_', '-')}-data")
+        if (beta := made["recipe"].get("beta", recipe.beta)) != recipe.beta:
+            raise MismatchError(f"{place} was measured with β = {beta:g}, so its front says nothing with {recipe.beta:g}")
+
+
+def _logs(directory: str) -> list[Path]:
+    place = Path(directory).expanduser()
+    return sorted([*place.glob("log.jsonl"), *place.glob("*/log.jsonl")])
 
 
 def read(directory: str) -> list[Point]:
@@ -16,8 +42,7 @@ def read(directory: str) -> list[Point]:
     No point of a front is at least as good as another in both objectives. NotFoundError without a log, UsageError for logs
     that have not measured both.
     """
-    place = Path(directory).expanduser()
-    logs = sorted([*place.glob("log.jsonl"), *place.glob("*/log.jsonl")])
+    logs = _logs(directory)
     if not logs:
         raise NotFoundError(f"no log.jsonl in {directory} or one level below", hint="name what `paft train-joint` has made")
     records = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]

@@ -21,12 +21,21 @@ from typing import Any
 import torch
 from trl.trainer.utils import use_adapter
 
+from paft.data import Row
+from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held
 from paft.provenance import peak_memory_mb
 from paft.train.front import Point, reached
 
 EPSILON = 1e-4  # the authors'
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}  # where nothing else is said
+
+
+def check_pairs(feedback: list[Row]) -> None:
+    """UsageError for held-out feedback that is labels or scores."""
+    if any("chosen" not in row for row in feedback):
+        raise UsageError("the held-out feedback is no pairs, and the DPO loss is measured on pairs",
+                         hint="pass pairs as --pref-eval-data, or evaluate later")
 
 
 class HeldOut:

@@ -12,6 +12,7 @@ from paft.progress import say
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, Sources, TrainRecipe
 from paft.tokens import boundary_moves
 from paft.train import losses
+from paft.train.heldout import check_pairs
 from paft.train.methods import trainer_of
 from paft.train.rendering import check_rendering
 
@@ -32,10 +33,22 @@ def load(recipe: AnyRecipe, quiet: bool = False) -> Rows:
             missing = "sft" if pref_held else "pref"
             raise UsageError("an evaluation measures both objectives, and held-out rows are given for one",
                              hint=f"pass --{missing}-eval-data too, or --eval-fraction for both")
-        return {"sft": sft, "pref": pref, "sft_eval": sft_held, "pref_eval": pref_held}
+        check_pairs(pref_held)
+        return {"sft": sft, "pref": _alike(recipe, pref), "sft_eval": sft_held, "pref_eval": pref_held}
     role = losses.role(recipe) if isinstance(recipe, DpoRecipe) else "sft"
     train, held = _read(recipe, role, require(recipe.data, "--data"), recipe.eval_data, replace(how, columns=recipe.columns))
     return {"train": train, "eval": held}
+
+
+def _alike(recipe: JointRecipe, feedback: list[Row]) -> list[Row]:
+    """UFT's feedback as rows of one kind, as TRL's preparation wants them: pairs beside labels or scores are taken apart."""
+    if isinstance(feedback, Stream) or all("chosen" in row for row in feedback):
+        return feedback
+    if recipe.estimate_optima:
+        raise UsageError("--estimate-optima trains DPO alone, which takes pairs, and the feedback has labels or scores",
+                         hint="pass --sft-opt and --dpo-opt instead")
+    apart = (each for row in feedback for each in ([row] if "label" in row else losses.unpair([row])))
+    return [each | {"label": float(each["label"])} for each in apart]
 
 
 def _read(recipe: TrainRecipe, role: Role, source: Sources, eval_source: Sources | None,
@@ -82,12 +95,13 @@ def note_boundary(tokenizer: Any, rows: Rows, quiet: bool) -> None:
             return
 
 
-def count_dropped(trainer: Any, given: list[Row], quiet: bool) -> None:
+def count_dropped(trainer: Any, given: list[Row], quiet: bool, sft: list[Row] | None = None) -> None:
     """TRL drops rows whose prompt alone fills ``max_length``: say so, and refuse to train on none."""
-    if isinstance(given, Stream):
-        return
-    kept, why = len(trainer.train_dataset), f"the prompt alone fills max_length={trainer.args.max_length}"
-    if not kept:
-        raise MismatchError(f"no row is left to train on: {why}", hint="raise trainer.max_length")
-    if kept < len(given) and not getattr(trainer.args, "packing", False):
-        say(f"note: {len(given) - kept} of {len(given)} rows dropped: {why}", quiet=quiet)
+    for kind, rows, left in (("", given, trainer.train_dataset), ("SFT ", sft, getattr(trainer, "sft_rows", None))):
+        if rows is None or left is None or isinstance(rows, Stream):
+            continue
+        kept, why = len(left), f"the prompt alone fills max_length={trainer.args.max_length}"
+        if not kept:
+            raise MismatchError(f"no {kind}row is left to train on: {why}", hint="raise trainer.max_length")
+        if kept < len(rows) and not getattr(trainer.args, "packing", False):
+            say(f"note: {len(rows) - kept} of {len(rows)} {kind}rows dropped: {why}", quiet=quiet)

@@ -7,15 +7,16 @@ One decision an *optimiser* step, whatever the accumulation, the same on every p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
 from paft.data import Row
+from paft.errors import UsageError
 from paft.evaluate import Held
 from paft.train import budget, losses, preference
 from paft.train.front import read
@@ -41,6 +42,7 @@ class TwoObjectives(TwoSets):
     gaps: Gaps
     weights: Mapping[str, float]
     max_tokens: int | None
+    epochs: float  # that the budget is; 1 where it is none of epochs
     taken = ""  # the objective of each step so far: D, S, or B for both
     told_of = 0  # of these, how many an evaluation has told of
     tokens = 0  # that are no padding, in all batches trained on, over all processes
@@ -48,14 +50,13 @@ class TwoObjectives(TwoSets):
     def follow(self, schedule: Schedule, gaps: Gaps, max_tokens: int | None = None) -> None:
         """Train by ``schedule``; call once before ``train``."""
         self.schedule, self.gaps, self.max_tokens = schedule, gaps, max_tokens
+        self.epochs = 1.0 if max_tokens or self.args.max_steps > 0 else max(1.0, self.args.num_train_epochs)
         self.args.max_steps = schedule.steps
-        if max_tokens:
-            self.add_callback(_Spent(self))
 
     def get_train_dataloader(self) -> DataLoader:
-        """A clock, one pass of which is the whole budget; the batches come from ``self.batches``."""
-        ticks: Any = range(self.schedule.steps * self.args.gradient_accumulation_steps)
-        return DataLoader(ticks, batch_size=1, collate_fn=_tick)
+        """A clock, one pass of which is an epoch, or the whole of another budget; the batches come from ``self.batches``."""
+        ticks: Any = range(math.ceil(self.schedule.steps / self.epochs) * self.args.gradient_accumulation_steps)
+        return DataLoader(ticks, batch_size=1, collate_fn=_tick, generator=torch.Generator())  # draws from nobody else's
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         phases = [length for length in self.schedule.phases if length]
@@ -66,8 +67,9 @@ class TwoObjectives(TwoSets):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _share_spent(self, step: int) -> float:
+        """The time of the learning rate, in steps of T; that of T itself is the end, however many tokens are spent now."""
         assert self.max_tokens
-        return self.schedule.steps * min(1.0, self.tokens / self.max_tokens)
+        return self.schedule.steps * (min(1.0, self.tokens / self.max_tokens) if step < self.schedule.steps else 1.0)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         ticks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -86,6 +88,8 @@ class TwoObjectives(TwoSets):
         self.taken += LETTERS[next(iter(drawn))] if len(drawn) == 1 else "B"
         count = sum(batch["attention_mask"].sum() for batches in drawn.values() for batch in batches)
         self.tokens += int(self.accelerator.reduce(count, "sum").item())  # type: ignore[union-attr]
+        if self.max_tokens and self.tokens >= self.max_tokens:
+            self.state.max_steps = step + 1  # for all who do something in the last step
         return [{name: batches[i] for name, batches in drawn.items()} for i in range(len(ticks))], None
 
     @torch.no_grad()
@@ -110,6 +114,7 @@ class TwoObjectives(TwoSets):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         steps, total = self.current_gradient_accumulation_steps, torch.zeros((), device=self.accelerator.device)
         for name, weight in self.weights.items():
+            self.batches[name].draw()
             loss = self.loss_of(name, model, inputs[name], self.items[name])
             scale = steps if self.summed(name, self.items[name]) else 1
             mean = self.accelerator.reduce(loss.detach() * scale, "mean").item()  # type: ignore[union-attr]
@@ -142,17 +147,6 @@ class JointTrainer(HeldOut, Penalised, TwoObjectives):
     """L = Σ_objective weight·loss + penalty."""
 
 
-class _Spent(TrainerCallback):
-    """Ends the training when the budget of tokens is spent."""
-
-    def __init__(self, trainer: TwoObjectives) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert self.trainer.max_tokens
-        control.should_training_stop |= self.trainer.tokens >= self.trainer.max_tokens
-
-
 def _tick(found: list[int]) -> dict[str, list[int]]:
     return {"tick": found}
 
@@ -161,8 +155,14 @@ ROLE = "pref"
 
 
 def check(recipe: JointRecipe) -> None:
-    """UsageError for a loss that is none of pairs; loads no model."""
+    """UsageError for a loss that is none of pairs, two budgets, and a share of steps that are not known; loads no model."""
     losses.check_pairs(recipe)
+    if recipe.max_tokens and recipe.trainer.get("max_steps", -1) > 0:
+        raise UsageError(f"max_tokens is {recipe.max_tokens}, and trainer.max_steps {recipe.trainer['max_steps']}: one budget",
+                         hint="--set trainer.max_steps=-1, or leave max_tokens out")
+    if recipe.max_tokens and 0 < recipe.l1_warmup < 1:
+        raise UsageError(f"l1_warmup is a share of the steps ({recipe.l1_warmup:g}), and a budget of tokens leaves them open",
+                         hint="say it in steps, for example --l1-warmup 50")
 
 
 def config(recipe: JointRecipe) -> type:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft.errors import MismatchError, UsageError
 from paft.train.schedules import OBJECTIVES, SCHEDULES
-from paft.train.work import PLACES
+from paft.train.work import PLACES, turn_at
 from paft.train.work import place as partial_of
 
 if TYPE_CHECKING:
@@ -59,8 +59,16 @@ def given(recipe: JointRecipe) -> dict[str, float]:
     return {name: value for name, value in (("dpo", recipe.dpo_opt), ("sft", recipe.sft_opt)) if value is not None}
 
 
-def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Callable[..., Any]) -> Optima:
+def foretell(recipe: JointRecipe) -> str | None:
+    """What `prepare` will do, in words."""
+    return "DPO and SFT, trained alone first; optima-* beside it keeps them" if recipe.estimate_optima else None
+
+
+def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Callable[..., Any], *,
+            quiet: bool = False) -> Optima:
     """The optima of ``recipe``; where they are to be estimated, ``train(recipe, out, label=...)`` trains what is not there yet.
+
+    What another process estimates at the same time is waited for.
 
     ``begun`` is what identifies the training (`paft.train.stage`): its recipe, and the content of base, reference and data.
     """
@@ -69,12 +77,13 @@ def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Cal
     if not recipe.estimate_optima:
         return Optima()
     place = out.parent / f"optima-{_hash(begun)}"
-    for name, lam in zip(OBJECTIVES, (1.0, 0.0), strict=True):
-        neutral = {key: type(recipe).model_fields[key].get_default() for key in FREE}
-        alone = recipe.model_copy(update={**neutral, "method": "alright", "lam": lam})
-        begun_before = (place / name).exists() or partial_of(place / name).exists()
-        train(alone, place / name, label=f"{name} alone", resume=begun_before)
-    logs = {name: _log(place / name) for name in OBJECTIVES}
+    neutral = {key: type(recipe).model_fields[key].get_default() for key in FREE}
+    with turn_at(place, quiet=quiet):
+        for name, lam in zip(OBJECTIVES, (1.0, 0.0), strict=True):
+            alone = recipe.model_copy(update={**neutral, "method": "alright", "lam": lam})
+            begun_before = (place / name).exists() or partial_of(place / name).exists()
+            train(alone, place / name, label=f"{name} alone", resume=begun_before)
+        logs = {name: _log(place / name) for name in OBJECTIVES}
     step = {name: _last(logs[name], name, place / name) for name in OBJECTIVES}
     held = {name: min(seen) for name in OBJECTIVES
             if (seen := [each[f"eval_{name}_loss"] for log in logs.values() for each in log if "eval_loss" in each])}

@@ -103,8 +103,9 @@ def trainer_config(kind: type[C], recipe: TrainRecipe, scratch: str, **defaults:
 def wants_evaluation(recipe: TrainRecipe) -> str | None:
     """The key of the recipe that needs evaluation data, if there is one."""
     said = recipe.trainer
-    if recipe.early_stopping:
-        return "early_stopping"
+    for key in ("early_stopping", "stop_front"):
+        if getattr(recipe, key, None):
+            return key
     if said.get("load_best_model_at_end"):
         return "trainer.load_best_model_at_end"
     return "trainer.eval_strategy" if said.get("eval_strategy", "no") != "no" else None

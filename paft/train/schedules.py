@@ -99,13 +99,16 @@ class Alright(Schedule):
 class Maxright(Schedule):
     """Algorithms 3 (``every`` = 1) and 4: the larger of λ·(f_DPO - f*_DPO) and (1-λ)·(f_SFT - f*_SFT); DPO where they are equal.
 
-    Both are evaluated at t = 1 and where t mod k = 0, k = ``every``; in between the gap of what was taken is that of its step.
+    λ = 1 and 0 name one objective, also where its f* is an estimate that a batch falls below. Both are
+    evaluated at t = 1 and where t mod k = 0, k = ``every``; in between the gap of what was taken is that of its step.
     """
 
     every: int = 10
     compares = True
 
     def __call__(self, step: int, gaps: Mapping[str, float]) -> Weights:
+        if self.lam in (0.0, 1.0):
+            return {"dpo": self.lam, "sft": 1.0 - self.lam}
         return {"dpo" if self.lam * gaps["dpo"] >= (1.0 - self.lam) * gaps["sft"] else "sft": 1.0}
 
     def due(self, step: int) -> bool:

@@ -57,7 +57,8 @@ def plan(recipe: AnyRecipe, out: Path, *, overwrite: bool = False, quiet: bool =
     held, more = reference.foretell(recipe, out) if isinstance(recipe, PreferenceRecipe) else (None, 0)
     found = costs(recipe, rows, quiet=quiet)
     return {"command": recipe.kind, "out": str(out), "unfinished": work.step_of(left) if left else None,
-            "rows": {name: len(each) for name, each in rows.items()}, "reference": held, **found,
+            "rows": {name: len(each) for name, each in rows.items()}, "reference": held,
+            "optima": optima.foretell(recipe) if isinstance(recipe, JointRecipe) else None, **found,
             "memory_bytes": found["memory_bytes"] + more, "recipe": recipe.model_dump()}
 
 
@@ -143,14 +144,14 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
         if isinstance(recipe, DpoRecipe):
             rows = losses.shaped(recipe, rows)
         if isinstance(recipe, JointRecipe):
-            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held))
+            best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held), quiet=quiet)
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
         trainer = _build(fit, rows, str(running.directory), held, best, quiet, seat)
         note_packing(recipe, quiet=quiet)
         note_dora(trainer, quiet=quiet)
         note_boundary(trainer.processing_class, rows, quiet)
         given = trainer_of(recipe).answers(recipe, rows) if isinstance(recipe, JointRecipe) else rows["train"]
-        count_dropped(trainer, given, quiet)
+        count_dropped(trainer, given, quiet, rows.get("sft"))
         _run(trainer, label or out.name, running, quiet, seat)
         metrics = final(trainer, evaluate=bool(evaluated(rows)))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,

@@ -77,7 +77,8 @@ class TwoSets(DPOTrainer):
     def tokens_a_step(self) -> dict[str, float]:
         """Mean tokens of an optimiser step of each objective, over all processes; UsageError for rows that are streamed."""
         if not all(isinstance(rows, Dataset) for rows in (self.train_dataset, self.sft_rows)):
-            raise UsageError("a budget of tokens needs rows that can be counted, not streamed", hint="set trainer.max_steps")
+            raise UsageError("a budget of tokens needs rows that can be counted, not streamed",
+                             hint="leave --max-tokens or --streaming out")
         limit, pairs, args = self.args.max_length or 1 << 30, self.train_dataset.select_columns(PAIR), self.args  # type: ignore[union-attr]
         sizes = {
             "dpo": [min(len(row["prompt_ids"]) + len(row[side]), limit) for row in pairs for side in PAIR[1:]],  # type: ignore[index]

@@ -30,7 +30,7 @@ from paft.evaluate import Held
 from paft.train import budget, losses, preference
 from paft.train.dpo import PenalisedKTOTrainer
 from paft.train.front import read
-from paft.train.heldout import EVALUATED, HeldOut
+from paft.train.heldout import EVALUATED, HeldOut, check_pairs
 from paft.train.mixture import Mixture
 from paft.train.precompute import precompute
 
@@ -192,9 +192,7 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     given = answers(recipe, rows)
     _need(recipe, [row["feedback"] for row in given], "there is none in the data")
     held = Held(rows.get("sft_eval") or [], rows.get("pref_eval") or [], [])
-    if any("chosen" not in row for row in held.pref):
-        raise UsageError("the held-out feedback is no pairs, and the DPO loss is measured on pairs",
-                         hint="pass pairs as --pref-eval-data, or evaluate later")
+    check_pairs(held.pref)
     trainer = preference.construct(on_kto(recipe), model, tokenizer, given, losses.unpair(held.pref), scratch, reference,
                                    kind=UFTTrainer, learning_rate=3e-6 if recipe.full else 3e-5,
                                    **(EVALUATED if held.pref else {}))

@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,30 @@ def work_dir(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bo
             _explain(error, directory, checkpoint)
             raise
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def turn_at(directory: Path, *, quiet: bool = False) -> Iterator[None]:
+    """Wait until no other process makes what lies in ``directory``; one that is launched as several does not wait, see `_locked`.
+
+    There the first would wait and the others not.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting for the process that trains in {directory}", quiet=quiet)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+        with suppress(OSError):
+            directory.rmdir()  # where nothing was made
 
 
 def _explain(error: BaseException, directory: Path, checkpoint: Path | None) -> None:
