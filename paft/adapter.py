@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from paft import hub
-from paft.checkpoint import read_json
 from paft.errors import MismatchError, NotFoundError
 from paft.factors import Factors, Rows, Saved
+from paft.jsonfile import read_json
 from paft.peftfile import PREFIX, read_parts
 from paft.provenance import content_hash
 

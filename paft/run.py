@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,7 +77,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     job = Run(recipe, out, quiet, workers=workers, resume=resume, share_base=share_base)
     started = time.monotonic()
     _read_data(job)
-    with provenance.set_aside(out, aside=overwrite and not resume):
+    with provenance.claim(Path(os.path.realpath(out))), provenance.set_aside(out, aside=overwrite and not resume):
         return _execute(job, started)
 
 

@@ -54,8 +54,15 @@ def main() -> None:
     os._exit(code)
 
 
+class Stop(KeyboardInterrupt):
+    """Another signal than Ctrl-C's: everything cleans up as after that, and the exit code is 128 + ``number``."""
+
+    number = signal.SIGINT
+
+
 def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    Stop.number = signal.Signals(number)
+    raise Stop
 
 
 def invoke(arguments: list[str]) -> int:
@@ -78,7 +85,7 @@ def invoke(arguments: list[str]) -> int:
         hint = "the same command with --resume keeps the finished stages" if arguments[:1] == ["run"] else None
         told = getattr(stop.__cause__ or stop, "args", ())  # click wraps the interrupt
         message, hint = told if len(told) == 2 else ("interrupted; nothing half-made was kept", hint)
-        return _fail(message, hint, 130, arguments)
+        return _fail(message, hint, 128 + Stop.number, arguments)
     except BrokenPipeError:
         return 0
     except MemoryError:
@@ -99,6 +106,6 @@ def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> in
         traceback.print_exc()
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", err=True, nl=False)  # whatever bar stands there
-    message = " ".join(message.split())
+    message = "".join(one if one.isprintable() else "?" for one in " ".join(message.split()))  # a name may hold escape codes
     click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
     return code

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from paft.checkpoint import INDEX as MODEL_INDEX
-from paft.checkpoint import Checkpoint, Entry, read_entries, read_json
+from paft.checkpoint import Checkpoint, Entry, read_entries
 from paft.delta import TILE_ELEMENTS, ProductTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import MismatchError, NotFoundError
+from paft.jsonfile import read_json
 from paft.merge.merged import Merged, Term
 from paft.merge.ops import combine_linearly
 from paft.merge.tensorfile import DTYPES

@@ -31,7 +31,7 @@ from paft.merge.settings import Input, Settings, native
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
-from paft.provenance import check_target, content_hash, output_dir, write_manifest
+from paft.provenance import Tensors, check_target, content_hash, output_dir, write_manifest
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -112,13 +112,13 @@ def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
         found = _write_part(job, scratch, steps, {"name": opened.base_name, "content_sha256": base_hash})
     report |= {**found, "seed": job.seed, "output_kind": job.output_kind, "wall_s": round(time.monotonic() - started, 3)}
     hashes = [{"name": name, "content_sha256": d.content_hash} for name, d in zip(opened.names, opened.deltas, strict=True)]
-    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=hashes, content_sha256=made,
+    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=hashes, tensors=made,
                    base={"name": opened.base_name, "content_sha256": base_hash}, metrics=report)
     return report
 
 
-def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any], str, str]:
-    """A whole model; returns the report, and the content hashes of the base and of the model."""
+def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any], str, Tensors]:
+    """A whole model; returns the report, the content hash of the base and the hashes of the model's tensors."""
     tallies = {name: Tally(job.inputs.names) for name in job.inputs.base.entries if name in job.touched}
 
     def merged(entry: Entry, read: Read) -> Iterator[torch.Tensor] | None:
@@ -134,7 +134,7 @@ def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any],
         tally.add(each)
     count = {"merged": len(job.touched), "copied": len(job.inputs.base.entries) - len(job.touched)}
     report = {**tally.report(), "tensors": count, "bytes": {"read": written.read, "written": written.written}}
-    return report, written.base_hash, written.out_hash
+    return report, written.base_hash, written.out
 
 
 def _write_part(job: Job, scratch: Path, steps: _Steps, origin: dict[str, Any]) -> dict[str, Any]:

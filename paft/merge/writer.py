@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries, read_header, read_json
+from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries
 from paft.delta import TILE_ELEMENTS, tile_rows
 from paft.errors import MismatchError
+from paft.jsonfile import read_header, read_json
 from paft.provenance import tree_hash
 
 Read = Callable[[int, int], torch.Tensor]
@@ -50,10 +51,6 @@ class Written:
     @property
     def base_hash(self) -> str:
         return tree_hash(self.base)
-
-    @property
-    def out_hash(self) -> str:
-        return tree_hash(self.out)
 
 
 def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged: Merged, threads: int,

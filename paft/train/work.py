@@ -27,6 +27,7 @@ from typing import Any
 from paft.errors import MismatchError, ResourceError
 from paft.progress import say
 from paft.provenance import MANIFEST, make_parent, read_manifest, versions
+from paft.target import HELD
 
 BEGUN = "begun.json"
 PROGRESS = "progress.json"  # the last file of a checkpoint that is written: without it the checkpoint is not whole
@@ -147,7 +148,10 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in HELD:  # a file system without locks
+                yield
+                return
             raise MismatchError(f"another process is training {out}", hint="wait for it, or choose another -o DIR") from None
         yield
 
