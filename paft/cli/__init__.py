@@ -30,10 +30,11 @@ def cli() -> None:
 
 
 def _register() -> None:
-    from paft.cli import analysis, delta, merge, report, system, train
+    from paft.cli import analysis, delta, doctor, merge, report, system, train
 
     for command in (system.run, train.train_sft, train.train_dpo, train.train_joint, merge.merge, merge.methods, delta.delta,
-                    analysis.sparsity_report, analysis.interference, report.evaluate, system.recipes, system.verify):
+                    analysis.sparsity_report, analysis.interference, report.evaluate, system.recipes, system.verify,
+                    doctor.doctor):
         cli.add_command(command)
 
 
