@@ -125,25 +125,30 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise MismatchError(f"{path} holds pickled weights only", hint="save the model as safetensors first")
         raise NotFoundError(f"{path} holds no {SINGLE}", hint="name the directory of a Hugging Face model")
-    names = sorted({str(name) for name in _weight_map(path).values()})
+    return indexed_files(path / INDEX)
+
+
+def indexed_files(index: Path) -> tuple[Path, ...]:
+    """The safetensors files beside an ``index``, sorted by name; MismatchError for a name that leads elsewhere."""
+    names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if Path(name).name != name:
-            raise MismatchError(f"{path / INDEX} points outside its directory: {name}")
-        if not (path / name).is_file():
-            raise NotFoundError(f"{path / name} is missing", hint=f"{INDEX} names it; download the model again")
-    return tuple(path / name for name in names)
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise MismatchError(f"{index} points outside its directory, or to no safetensors file: {name[:80]!r}")
+        if len(name) > 255 or not (index.parent / name).is_file():
+            raise NotFoundError(f"{index.parent / name[:80]} is missing", hint=f"{index.name} names it; download it again")
+    return tuple(index.parent / name for name in names)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    found = read_json(path / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise MismatchError(f"{path / INDEX} has no weight_map")
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise MismatchError(f"{index} has no weight_map from tensors to files")
     return found
 
 
 def _check_index(path: Path, entries: dict[str, Entry]) -> None:
     if not is_sharded(path):
         return
-    for name, file in _weight_map(path).items():
+    for name, file in _weight_map(path / INDEX).items():
         if name not in entries or entries[name].file.name != file:
             raise MismatchError(f"{path / INDEX} places {name} in {file}, which does not hold it")

@@ -17,7 +17,8 @@ from paft.errors import MismatchError, NotFoundError
 
 LIMIT = 32_000_000  # bytes: 91,000 tensors (DeepSeek-V3) take 11 MB; as Python objects a hostile text is up to 20 times as large
 _AGAIN = "copy or download it again"
-_DIMENSIONS, _LARGEST = 32, 1 << 62
+_DIMENSIONS, _LARGEST, _DIGITS = 32, 1 << 62, 40
+_EMPTY = 1 << 31  # rows or columns of a tensor without entries: loops over them must end
 WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
           "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}  # bytes an entry
 
@@ -25,7 +26,7 @@ WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1,
 def parse(text: str | bytes) -> Any:
     """``json.loads`` that refuses a key which appears twice; every fault is a ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_once, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
@@ -35,6 +36,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")
     return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -88,5 +95,7 @@ def _check_entry(file: Path, name: str, entry: Any, size: int) -> None:
         raise MismatchError(f"{file} has a malformed safetensors header, at {name[:80]}", hint=_AGAIN) from error
     if not begin <= end <= size:
         raise MismatchError(f"{file} is not a complete safetensors file: {name[:80]} lies beyond its end", hint=_AGAIN)
+    if 0 in shape and math.prod(filter(None, shape)) > _EMPTY:
+        raise MismatchError(f"{file}: {name[:80]} has an absurd shape, {shape}", hint=_AGAIN)
     if dtype in WIDTHS and end - begin != math.prod(shape) * WIDTHS[dtype]:
         raise MismatchError(f"{file}: the header's offsets of {name[:80]} do not fit", hint=_AGAIN)

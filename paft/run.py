@@ -25,6 +25,7 @@ from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus, run_graph
+from paft.preflight import check_disk
 from paft.progress import Progress, say
 from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
@@ -77,14 +78,19 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     job = Run(recipe, out, quiet, workers=workers, resume=resume, share_base=share_base)
     started = time.monotonic()
     _read_data(job)
+    check_disk(out, sum(_base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
     with provenance.claim(Path(os.path.realpath(out))), provenance.set_aside(out, aside=overwrite and not resume):
         return _execute(job, started)
 
 
 def _default_workers(recipe: RunRecipe) -> int:
     """A training fills a GPU; a small model cannot use two cores for one training, but two trainings can."""
-    size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
+    size = _base_size(recipe)
     return len(gpus()) or (free_cores() if size < 100e6 else 1)
+
+
+def _base_size(recipe: RunRecipe) -> int:
+    return sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
 
 
 def _execute(job: Run, started: float) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def plan(recipe: RunRecipe, out: Path) -> dict[str, Any]:
     check(recipe)
     job = Run(recipe, out)
     _read_data(job)
-    size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
+    size = _base_size(recipe)
     return {"out": str(out), "model": recipe.model, "base_bytes": size, "disk_bytes": size * len(recipe.merge),
             "rows": {"sft": {k: len(v) for k, v in job.sft.items()}, "pref": {k: len(v) for k, v in job.pref.items()}},
             "train": [{"name": name, "on": stage.on, "done": _is_done(job, name)} for name, stage in recipe.train.items()],

@@ -63,10 +63,11 @@ def _broken_links(root: Path, found: Artefacts) -> list[str]:
     """Stages that a run's recipe names and that are absent, bases that differ, and merges of what stands there no longer."""
     top = found.get(root, {})
     recipe = top.get("recipe") if top.get("command") == "run" else None
-    stages = [name for key in ("train", "merge") for name in (recipe or {}).get(key) or ()]
+    named = [recipe.get(key) for key in ("train", "merge")] if isinstance(recipe, dict) else []
+    stages = [name for each in named if isinstance(each, dict) for name in each]
     known = {path.name: manifest.get("content_sha256") for path, manifest in found.items() if path != root}
     lines = [f"{name} is missing: the run's recipe names it" for name in stages if name not in known]
-    base = dict(_sources(top)).get(str((top.get("base") or {}).get("name"))) if recipe else None
+    base = next((wanted for _, wanted in _sources(top)), None) if recipe and isinstance(top.get("base"), dict) else None
     for path, manifest in found.items():
         where = path.relative_to(root)
         if path == root:

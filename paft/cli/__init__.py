@@ -107,6 +107,6 @@ def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> in
         traceback.print_exc()
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", err=True, nl=False)  # whatever bar stands there
-    message = "".join(one if one.isprintable() else "?" for one in " ".join(message.split()))  # a name may hold escape codes
+    message = "".join(one if one.isprintable() else "?" for one in " ".join(message.split())[:500])  # names may hold anything
     click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
     return code

@@ -38,6 +38,7 @@ from paft.recipe import MergeRecipe
 @click.option("--engine", type=click.Choice(["paft", "mergekit"]), help="mergekit: its own methods, on exact float32 adapters.")
 @click.option("--export-mergekit", "export", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the merge as mergekit's YAML, and stop.")
+@click.option("--check/--no-check", default=None, help="Load the merged model and look at its logits  [default: below 1 GB].")
 @options.allow_base_mismatch
 @options.dry_run
 @options.overwrite
@@ -91,7 +92,8 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
     """Run the recipe's engine."""
     common = {"base": recipe.base, "method": recipe.method, "parameters": recipe.parameters, "weights": recipe.weights,
               "out": out, "dtype": recipe.dtype, "seed": recipe.seed, "overwrite": given["overwrite"],
-              "dry_run": given["dry_run"], "allow_base_mismatch": given["allow_base_mismatch"], "progress": progress}
+              "dry_run": given["dry_run"], "allow_base_mismatch": given["allow_base_mismatch"], "progress": progress,
+              "check": given["check"]}
     if recipe.engine == "mergekit":
         from paft.merge.mergekit import engine as backend
 
@@ -132,6 +134,7 @@ def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
     if "rounding" in report:
         lost = report["rounding"]
         lines.append(f"rounding to the output dtype keeps {lost['entries_surviving']:.1%} of the changed entries")
+    lines += ["checked: it loads, and its logits are finite"] if report.get("check") else []
     return [*lines, f"next: paft eval {out} \\", f"        --base {report['base']} \\", "        --sft-data ... --pref-data ..."]
 
 

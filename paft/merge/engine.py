@@ -22,8 +22,9 @@ from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS
 from paft.errors import UsageError, did_you_mean
 from paft.merge import writer
+from paft.merge.check import check_model
 from paft.merge.device import DEVICES, check_device
-from paft.merge.estimate import estimate
+from paft.merge.estimate import estimate, fits
 from paft.merge.inputs import open_inputs
 from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
@@ -61,6 +62,7 @@ def merge(
     progress: Progress | None = None,
     tile_elements: int = TILE_ELEMENTS,
     threads: int | None = None,
+    check: bool | None = False,
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
@@ -69,6 +71,7 @@ def merge(
     per input, 1 each by default. ``dtype`` None keeps the base's; ``rounding`` stochastic keeps small deltas on average.
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
+    ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
@@ -86,9 +89,15 @@ def merge(
     opened.check_apart(out)
     if dry_run:
         return estimate(job)
-    with output_dir(out, overwrite=overwrite) as scratch:
-        report = _write(job.with_trims(), scratch, _Steps(progress, len(opened.base.entries)))
+    report = _make(job, out, progress, overwrite=overwrite, check=check if output_kind == "full" else False)
     return report | {"out": str(out), "base": opened.reference}
+
+
+def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None) -> dict[str, Any]:
+    fits(job, out)
+    with output_dir(out, overwrite=overwrite) as scratch:
+        report = _write(job.with_trims(), scratch, _Steps(progress, len(job.inputs.base.entries)))
+        return report | {"check": check_model(scratch, check)}
 
 
 def _check_output(kind: str, rounding: str, device: str) -> None:

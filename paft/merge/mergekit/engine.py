@@ -34,6 +34,7 @@ from paft.checkpoint import Checkpoint, Entry
 from paft.delta import TILE_ELEMENTS, LoraDelta, tile_rows
 from paft.errors import MismatchError, ResourceError
 from paft.merge import engine, writer
+from paft.merge.check import check_model
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.mergekit.contracts import signature
 from paft.merge.mergekit.writer import compose
@@ -62,6 +63,7 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    check: bool | None = False,
 ) -> dict[str, Any]:
     """Merge with one of mergekit's methods, named as there; arguments and report as `paft.merge.engine.merge`'s.
 
@@ -97,6 +99,7 @@ def merge(
             report = _finish(opened, scratch / "merged", directory, recipe, target)
             report |= {"wall_s": round(time.monotonic() - started, 3), "scratch_bytes": need, "mergekit": version}
             _record(directory, opened, recipe, report)
+            report["check"] = check_model(directory, check)
     return report | {"out": str(out), "base": opened.reference}
 
 
