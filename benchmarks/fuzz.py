@@ -109,10 +109,10 @@ def probe_command(room: Path) -> None:
 
 Make, Probe = Callable[[Path, random.Random], None], Callable[[Path], None]
 KINDS: dict[str, tuple[Make, Probe, int]] = {  # what makes it, what reads it, its share of the inputs
-    "base: header, index, config": (make_base, probe_base, 20),
+    "base: header, index, config": (make_base, probe_base, 28),
     "adapter: tensors, config": (make_adapter, probe_merge, 25),
     "delta file": (make_delta, probe_merge, 10),
-    "recipe": (make_recipe, probe_recipe, 20),
+    "recipe": (make_recipe, probe_recipe, 12),
     "data rows": (make_rows, probe_rows, 15),
     "artefact to verify": (make_artefact, probe_artefact, 8),
     "merge, by command": (make_adapter, probe_command, 2),

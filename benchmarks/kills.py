@@ -25,8 +25,8 @@ import yaml
 TIMED = ("paft.json", "log.jsonl", "README.md", "report.json", "report.md")  # what holds seconds of its own
 RUN = {
     "kind": "run", "name": "tiny", "evaluate": {"rows": 4, "split": "validation"},
-    "defaults": {kind: {"lora": {"r": 2, "alpha": 4}, "trainer": {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 1,
-                                                                  "max_length": 32}} for kind in ("sft", "dpo")},
+    "defaults": {kind: {"lora": {"r": 2, "alpha": 4}, "trainer": {"max_steps": 3, "per_device_train_batch_size": 2,
+                                                                  "save_steps": 1, "max_length": 32}} for kind in ("sft", "dpo")},
     "train": {"sft": {"objective": "sft"}, "dpo": {"objective": "dpo"}},
     "merge": {"ties": {"of": ["sft", "dpo"], "method": "ties"}, "linear": {"of": ["sft", "dpo"], "method": "linear"}},
 }  # fmt: skip
@@ -168,7 +168,9 @@ def soak(room: Path, kills: dict[str, int], seed: int = 0) -> dict[str, Tally]:
 
 
 def preload() -> None:
-    """Load what every command needs, once."""
+    """Load what every command needs, once: a fork that has become another user may not read the libraries."""
+    import tty  # noqa: F401
+
     import torch
 
     from paft.models import quiet_libraries

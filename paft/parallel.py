@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,7 @@ from paft.errors import ResourceError
 from paft.models import free_cores, quiet_libraries
 
 Done = Callable[[str, Any], None]
+_GRACE = 5.0  # seconds that an orphan has to clean up
 
 
 def run_graph(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done) -> None:
@@ -90,6 +92,8 @@ def _follow() -> None:
     if parent is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE)  # the pool's loop catches what `_leave` raises, and would wait for work for ever
+        os._exit(143)
 
 
 def _leave(*_: Any) -> None:

@@ -107,7 +107,14 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    """Peak resident memory of this process so far, in MB (10^6 bytes).
+
+    Linux's ``ru_maxrss`` begins with the peak of the process that started this one; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 

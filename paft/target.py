@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ MANIFEST = "paft.json"
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
 _LOCK = "lock"
 HELD = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+def no_room(error: BaseException) -> str | None:
+    """In words, that an error comes from a full disk; safetensors and PyTorch tell it by a text alone."""
+    said = re.search(r"os error (\d+)|(inline_container|No space left)", str(error))
+    number = getattr(error, "errno", None) or (said and (int(said[1]) if said[1] else errno.ENOSPC))
+    return _FULL.get(number or 0)
 
 
 def check_target(target: Path, *, overwrite: bool = False, in_place: bool = False) -> None:
@@ -71,9 +79,9 @@ def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             scratch.mkdir()
             yield scratch
             _replace(scratch, target)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise ResourceError(f"{_FULL[error.errno]} while writing {given}", hint="make room; nothing was kept") from error
+        except Exception as error:
+            if full := no_room(error):
+                raise ResourceError(f"{full} while writing {given}", hint="make room; nothing was kept") from error
             raise
 
 

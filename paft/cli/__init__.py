@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from paft.errors import PaftError
+from paft.errors import PaftError, one_line
 
 SMALLER = "use a smaller batch (--set trainer.per_device_train_batch_size=1)"
 EPILOG = "Start with `paft run demo`. Every command: `paft COMMAND --help`."
@@ -107,6 +107,6 @@ def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> in
         traceback.print_exc()
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", err=True, nl=False)  # whatever bar stands there
-    message = "".join(one if one.isprintable() else "?" for one in " ".join(message.split())[:500])  # names may hold anything
+    message = one_line(message)
     click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
     return code
