@@ -64,30 +64,40 @@ def make_parent(target: Path) -> None:
 
 
 @contextmanager
-def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_dir(target: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yield a scratch directory that becomes ``target`` when the block succeeds and vanishes when it does not.
 
-    With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place. Raises
+    With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place. With
+    ``resume`` it holds what a killed process has left there, and an interrupt or a full disk leaves it for the next. Raises
     MismatchError where ``target`` stands in the way or another process writes it, ResourceError where the disk is full.
     """
     check_target(target, overwrite=overwrite)
     given, target = target, Path(os.path.realpath(target))  # where a link leads, and the scratch directory beside that
-    with claim(target) as room:
+    with claim(target, keep=resume) as room:
         check_target(target, overwrite=overwrite)  # it may have been made since
         scratch = room / target.name
         try:
-            scratch.mkdir()
+            scratch.mkdir(exist_ok=resume)
             yield scratch
             _replace(scratch, target)
+        except KeyboardInterrupt:
+            if resume and any(each.name not in (_LOCK, scratch.name) for each in room.iterdir()):  # a record of what is finished
+                said = f"interrupted; what is finished of {given} waits beside it"
+                raise KeyboardInterrupt(said, "the same command with --resume goes on from there") from None
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
         except Exception as error:
             if full := no_room(error):
-                raise ResourceError(f"{full} while writing {given}", hint="make room; nothing was kept") from error
+                kept = "the same command with --resume goes on" if resume else "nothing was kept"
+                raise ResourceError(f"{full} while writing {given}", hint=f"make room; {kept}") from error
             raise
 
 
 @contextmanager
-def claim(target: Path) -> Iterator[Path]:
+def claim(target: Path, *, keep: bool = False) -> Iterator[Path]:
     """Be the only process that writes ``target``: yields ``.X.partial``, empty but for the lock; it vanishes afterwards.
+
+    With ``keep`` it is as it was left, and stays after an interrupt or a ResourceError.
 
     Raises MismatchError where another process holds it. A file system without locks gives no such protection.
     """
@@ -95,14 +105,20 @@ def claim(target: Path) -> Iterator[Path]:
     inside = os.path.ismount(target)  # a volume's parent is another disk, or nobody's to write
     room = (target if inside else target.parent) / f".{target.name}.partial"
     lock = _lock(room, target)
+    kept = False
     try:
-        _empty(room)
+        if not keep:
+            _empty(room)
         old = _aside(target)
         if old.exists() and not target.exists():
             os.rename(old, target)
         yield room
+    except (KeyboardInterrupt, ResourceError):
+        kept = keep
+        raise
     finally:
-        _empty(room)
+        if not kept:
+            _empty(room)
         (room / _LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # the next process stands in the door
             room.rmdir()
@@ -132,8 +148,10 @@ def _lock(room: Path, target: Path) -> int:
 
 def _empty(room: Path) -> None:
     for left in list(room.iterdir()):
-        if left.name != _LOCK:
+        if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        elif left.name != _LOCK:
+            left.unlink(missing_ok=True)
 
 
 def _aside(target: Path) -> Path:

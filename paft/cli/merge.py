@@ -40,6 +40,7 @@ from paft.recipe import MergeRecipe
               help="Write the merge as mergekit's YAML, and stop.")
 @click.option("--check/--no-check", default=None, help="Load the merged model and look at its logits  [default: below 1 GB].")
 @options.allow_base_mismatch
+@click.option("--resume", is_flag=True, help="Take the files that a killed merge has finished; keep them at an interrupt.")
 @options.dry_run
 @options.overwrite
 @options.common
@@ -103,11 +104,14 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
                 raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
         if given["rank"] is not None or given["max_error"] is not None:
             raise UsageError("--engine mergekit writes whole models", hint="leave out --rank and --max-error")
+        if given["resume"]:
+            raise UsageError("--engine mergekit cannot --resume", hint="leave it out")
         return backend.merge(recipe.adapters, **common)
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
-                        device=given["device"], rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"])
+                        device=given["device"], rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"],
+                        resume=given["resume"])
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:

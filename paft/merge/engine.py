@@ -29,6 +29,7 @@ from paft.merge.inputs import open_inputs
 from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
 from paft.merge.settings import Input, Settings, native
+from paft.merge.shards import Shards, key_of
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
@@ -63,6 +64,7 @@ def merge(
     tile_elements: int = TILE_ELEMENTS,
     threads: int | None = None,
     check: bool | None = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
@@ -72,6 +74,7 @@ def merge(
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
     ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
+    ``resume`` takes the files that a killed merge has finished (`paft.merge.shards`), and keeps them at an interrupt.
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
@@ -89,13 +92,15 @@ def merge(
     opened.check_apart(out)
     if dry_run:
         return estimate(job)
-    report = _make(job, out, progress, overwrite=overwrite, check=check if output_kind == "full" else False)
+    report = _make(job, out, progress, overwrite=overwrite, check=check if output_kind == "full" else False, resume=resume)
     return report | {"out": str(out), "base": opened.reference}
 
 
-def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None) -> dict[str, Any]:
+def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None, resume: bool) -> dict[str, Any]:
     fits(job, out)
-    with output_dir(out, overwrite=overwrite) as scratch:
+    if resume and job.output_kind != "full":
+        raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
+    with output_dir(out, overwrite=overwrite, resume=resume) as scratch:
         report = _write(job.with_trims(), scratch, _Steps(progress, len(job.inputs.base.entries)))
         return report | {"check": check_model(scratch, check)}
 
@@ -133,7 +138,9 @@ def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any],
     def merged(entry: Entry, read: Read) -> Iterator[torch.Tensor] | None:
         return job.merged(entry, read, tallies[entry.name]) if entry.name in job.touched else None
 
-    written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps)
+    key = key_of(job.recipe(), [delta.content_hash for delta in job.inputs.deltas], job.inputs.base)
+    shards = Shards.open(scratch, key, tallies)
+    written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps, shards)
     writer.write_companions(job.inputs.base, scratch, job.dtype)
     title = f"{job.inputs.base_name} + {', '.join(job.inputs.names)} ({job.method})"
     card = model_card(title, base=job.inputs.base_name, recipe=job.recipe())
