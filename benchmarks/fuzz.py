@@ -41,8 +41,11 @@ class Count:
 def probe_merge(room: Path) -> None:
     """Read all of every delta, as a merge does."""
     from paft.delta import spans
+    from paft.errors import PaftError
     from paft.merge.inputs import open_inputs
 
+    with contextlib.suppress(PaftError):  # the base that the adapter names
+        open_inputs([str(room / "adapter")], None)
     opened = open_inputs([str(room / "adapter")], str(room / "base"))
     for delta in opened.deltas:
         for name in delta.names:
@@ -169,6 +172,9 @@ def one(kind: str, seed: int, count: Count, *, keep: Path | None = None) -> None
 
 def warm_up() -> None:
     """Load every library that a probe needs, so that the time and memory of an input are its own."""
+    from kills import preload
+
+    preload()
     for kind in KINDS:
         for seed in range(3):
             with contextlib.suppress(Exception):

@@ -25,9 +25,9 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
     honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
     """
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user alone
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, takes a name that is too long for one that is not there
         return contained(path)
-    if path.exists():
+    if os.path.exists(path):
         raise MismatchError(f"{name} is a file; a {kind} is a directory", hint="name the directory that holds it")
     if name.split(":")[0] == "demo":
         bases = demo_bases()
@@ -57,7 +57,7 @@ def contained(directory: Path) -> Path:
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """``org/name@rev`` -> ``("org/name", "rev")``; a path that exists is left alone."""
-    if Path(name).exists() or "@" not in name:
+    if os.path.exists(name) or "@" not in name:
         return name, None
     repo, _, revision = name.rpartition("@")
     return repo, revision

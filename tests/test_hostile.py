@@ -197,3 +197,20 @@ def test_rows_packed_as_text_packs_are_taken(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as out:
         out.write("\n".join(rows))
     assert len(load_rows(str(tmp_path / "rows.jsonl.gz"), "sft")) == 3000
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "org/" + "b" * 300, "a\x00b"])
+def test_a_name_that_no_file_can_have_is_not_found(name: str) -> None:
+    with pytest.raises(PaftError) as caught:
+        resolve(name)
+    assert caught.value.exit_code == 4 and len(caught.value.message) < 700
+    with pytest.raises(PaftError):
+        load_rows(name + ".jsonl", "sft")
+
+
+def test_one_message_in_place_of_a_list_of_them_is_taken_or_refused(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            {"messages": {"role": "user", "content": "a"}}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageError, match="no assistant turn"):
+        load_rows(str(tmp_path / "rows.jsonl"), "sft")

@@ -47,10 +47,10 @@ class Place:
     @classmethod
     def parse(cls, source: str) -> Place:
         """``org/name@rev#subset:split``; no part of a path that exists is taken for one of these."""
-        if _expand(source).exists():
+        if os.path.exists(_expand(source)):
             return cls(source)
         marks = [i for i, character in enumerate(source) if character in "#:"]
-        end = next((i for i in reversed(marks) if _expand(source[:i]).exists()), min(marks, default=len(source)))
+        end = next((i for i in reversed(marks) if os.path.exists(_expand(source[:i]))), min(marks, default=len(source)))
         named, _, split = source[end:].partition(":")
         name, revision = split_revision(source[:end])
         return cls(name, revision, named.removeprefix("#") or None, split or None)
@@ -66,7 +66,7 @@ def read(source: str, split: Split | None = None, *, streaming: bool = False) ->
         return _demo(source, split)
     place = Place.parse(source)
     path = place.path
-    if not path.exists():
+    if not os.path.exists(path):
         return _hub(place, source, split or "train", streaming)
     if path.is_dir() and (path / "dataset_dict.json").exists() | (path / "state.json").exists():
         return _saved(place, source)
@@ -244,7 +244,7 @@ def _saved(place: Place, source: str) -> Iterable[Row]:
 
 
 def _hub(place: Place, source: str, split: str, streaming: bool) -> Iterable[Row]:
-    local = place.path.exists()
+    local = os.path.exists(place.path)
     if not local and (place.name.startswith((".", "/", "~")) or _kind(Path(place.name)) in READERS or place.name.count("/") > 1):
         raise NotFoundError(f"no data at {source}",
                             hint="check the path; a hub id looks like org/name[@revision][#subset][:split]")
