@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from paft.errors import MismatchError, NotFoundError, ResourceError
+from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError
 
 MANIFEST = "paft.json"
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
@@ -85,6 +85,8 @@ def output_dir(target: Path, *, overwrite: bool = False, resume: bool = False) -
                 said = f"interrupted; what is finished of {given} waits beside it"
                 raise KeyboardInterrupt(said, "the same command with --resume goes on from there") from None
             shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        except PaftError:
             raise
         except Exception as error:
             if full := no_room(error):
