@@ -85,15 +85,11 @@ def merge(
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
-    settings = settings.over(opened.base.entries)
-    job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget,
-              rounding, device)
+    job = Job(opened, method, settings.over(opened.base.entries), dialect, seed, kind, output_kind, tile_elements,
+              threads or free_cores(), budget, rounding, device)
     job.check_parameters()
     opened.check_apart(out)
-    if dry_run:
-        return estimate(job)
-    report = _make(job, out, progress, overwrite=overwrite, check=check if output_kind == "full" else False, resume=resume)
-    return report | {"out": str(out), "base": opened.reference}
+    return estimate(job) if dry_run else _make(job, out, progress, overwrite=overwrite, check=check, resume=resume)
 
 
 def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None, resume: bool) -> dict[str, Any]:
@@ -102,7 +98,8 @@ def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, ch
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
     with output_dir(out, overwrite=overwrite, resume=resume) as scratch:
         report = _write(job.with_trims(), scratch, _Steps(progress, len(job.inputs.base.entries)))
-        return report | {"check": check_model(scratch, check)}
+        report["check"] = check_model(scratch, check if job.output_kind == "full" else False)
+    return report | {"out": str(out), "base": job.inputs.reference}
 
 
 def _check_output(kind: str, rounding: str, device: str) -> None:

@@ -75,10 +75,8 @@ def merge(
     settings = Settings.read(signature(method), inputs, parameters, weights)
     opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
     opened.check_apart(out)
-    settings = settings.over(opened.base.entries)
-    names = opened.touched()
-    for _ in settings.distinct(names):
-        pass
+    settings, names = settings.over(opened.base.entries), opened.touched()
+    list(settings.distinct(names))  # refuses what cannot be
     recipe = {"kind": "merge", "engine": "mergekit", "method": method, **settings.record(opened.names),
               "base": opened.base_name, "dtype": dtype, "seed": seed}
     target = None if dtype is None else engine.DTYPES[dtype]
@@ -97,9 +95,9 @@ def merge(
         with output_dir(out, overwrite=overwrite) as directory:
             _run(config, scratch, seed)
             report = _finish(opened, scratch / "merged", directory, recipe, target)
-            report |= {"wall_s": round(time.monotonic() - started, 3), "scratch_bytes": need, "mergekit": version}
+            report |= {"wall_s": round(time.monotonic() - started, 3), "scratch_bytes": need, "mergekit": version,
+                       "check": check_model(directory, check)}
             _record(directory, opened, recipe, report)
-            report["check"] = check_model(directory, check)
     return report | {"out": str(out), "base": opened.reference}
 
 
