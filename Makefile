@@ -13,7 +13,7 @@ STAMP := $(VENV)/.paft-installed
 OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench soak clean
 
 help:
 	@echo "make install  create $(VENV) with the tested versions"
@@ -21,6 +21,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make lint     ruff and pyright"
 	@echo "make bench    make the tables of the README again (half an hour on 2 cores)"
+	@echo "make soak     kill, starve and feed rubbish to paft (about an hour): benchmarks/reliability.md"
 	@echo "make clean    remove caches, builds and unfinished outputs; keep $(VENV) and what was trained"
 
 install: $(STAMP)
@@ -45,6 +46,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+soak: $(STAMP)
+	@$(BIN)/python benchmarks/reliability.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/demo_table.py

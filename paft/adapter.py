@@ -11,6 +11,7 @@ training, or acts on part of the input only, has no ΔW and is a MismatchError.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from paft import hub
-from paft.checkpoint import read_json
 from paft.errors import MismatchError, NotFoundError
 from paft.factors import Factors, Rows, Saved
+from paft.jsonfile import read_json
 from paft.peftfile import PREFIX, read_parts
 from paft.provenance import content_hash
 
@@ -108,7 +109,7 @@ def label(given: str, directory: Path) -> str:
     """A name for records: ``org/name@revision`` for a hub snapshot, else what was given without the machine's path."""
     if directory.parent.name == "snapshots" and directory.parents[1].name.startswith("models--"):
         return directory.parents[1].name.removeprefix("models--").replace("--", "/") + "@" + directory.name
-    return directory.resolve().name if Path(given).expanduser().exists() else given
+    return directory.resolve().name if os.path.exists(os.path.expanduser(given)) else given
 
 
 def read_config(directory: Path) -> dict[str, Any]:

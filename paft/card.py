@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import yaml
+
+from paft.errors import one_line
 
 Row = Mapping[str, Any]
 
@@ -59,11 +63,14 @@ def _repo(base: str | None) -> str | None:
 
 
 def _card(title: str, header: Mapping[str, Any], recipe: Mapping[str, Any], metrics: Sequence[Row], text: str) -> str:
-    parts = ["---\n" + _yaml({key: value for key, value in header.items() if value is not None}) + "---", f"# {title}"]
+    parts = ["---\n" + _yaml({key: value for key, value in header.items() if value is not None}) + "---",
+             f"# {escape(one_line(title), quote=False)}"]
     if text:
         parts.append(text)
     parts.append("Made with `paft` from this recipe (hashes and versions are in `paft.json`):")
-    parts.append("```yaml\n" + _yaml(recipe) + "```")
+    body = _yaml(recipe)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))  # a name may hold one
+    parts.append(f"{fence}yaml\n{body}{fence}")
     if metrics:
         parts.append(_table(metrics))
     return "\n\n".join(parts) + "\n"
@@ -81,4 +88,4 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else escape(one_line(str(value)), quote=False).replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def catalog() -> dict[str, Path]:
 def find(name: str) -> Path:
     """A recipe by path or by shipped name; NotFoundError with a did-you-mean otherwise."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     known = catalog()
     if name in known:

@@ -7,7 +7,6 @@ one tile.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 
 from paft.errors import MismatchError, NotFoundError
+from paft.jsonfile import read_header, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-_MAX_HEADER = 100_000_000  # the safetensors library's own limit
 
 
 @dataclass(frozen=True)
@@ -98,62 +97,20 @@ class Checkpoint:
             return stream.read(entry.nbytes)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises NotFoundError or MismatchError in one line."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{file} does not exist") from error
-    except (ValueError, RecursionError) as error:
-        raise MismatchError(f"{file} is not JSON", hint="copy or download it again") from error
-    if not isinstance(value, dict):
-        raise MismatchError(f"{file} holds no JSON object")
-    return value
-
-
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and the offset of its data; MismatchError where the file is not whole."""
-    broken = MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
-    total = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if total < 8 or length > min(total - 8, _MAX_HEADER):
-            raise broken
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise broken from error
-    if not isinstance(header, dict):
-        raise broken
-    return header, 8 + length
-
-
 def read_entries(file: Path) -> Iterator[Entry]:
     """Every tensor of a safetensors file in the order of its bytes, which must fill the file without a gap."""
     header, data = read_header(file)
-    try:
-        items = [(name, *_header_item(item)) for name, item in header.items() if name != "__metadata__"]
-        items.sort(key=lambda item: (item[3], item[4]))
-        position = 0
-        for name, dtype, shape, begin, end in items:
-            wrong_size = dtype in FLOATS and end - begin != math.prod(shape) * FLOATS[dtype].itemsize
-            if begin != position or wrong_size:
-                raise MismatchError(f"{file}: the header's offsets of {name} do not fit", hint="copy or download it again")
-            position = end
-            yield Entry(name, file, dtype, shape, data + begin, end - begin)
-    except (KeyError, TypeError, ValueError) as error:
-        raise MismatchError(f"{file} has a malformed safetensors header", hint="copy or download it again") from error
+    items = [(name, item["dtype"], tuple(item["shape"]), *item["data_offsets"]) for name, item in header.items()
+             if name != "__metadata__"]
+    items.sort(key=lambda item: (item[3], item[4]))
+    position = 0
+    for name, dtype, shape, begin, end in items:
+        if begin != position:
+            raise MismatchError(f"{file}: the header's offsets of {name} do not fit", hint="copy or download it again")
+        position = end
+        yield Entry(name, file, dtype, shape, data + begin, end - begin)
     if data + position != file.stat().st_size:
         raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
-
-
-def _header_item(item: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """(type, shape, begin, end) of one tensor; ValueError or the like where they are of another kind."""
-    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-    numbers = [*shape, begin, end]
-    if not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(item)
-    return dtype, tuple(shape), begin, end
 
 
 def is_sharded(path: Path) -> bool:
@@ -168,25 +125,30 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise MismatchError(f"{path} holds pickled weights only", hint="save the model as safetensors first")
         raise NotFoundError(f"{path} holds no {SINGLE}", hint="name the directory of a Hugging Face model")
-    names = sorted({str(name) for name in _weight_map(path).values()})
+    return indexed_files(path / INDEX)
+
+
+def indexed_files(index: Path) -> tuple[Path, ...]:
+    """The safetensors files beside an ``index``, sorted by name; MismatchError for a name that leads elsewhere."""
+    names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if Path(name).name != name:
-            raise MismatchError(f"{path / INDEX} points outside its directory: {name}")
-        if not (path / name).is_file():
-            raise NotFoundError(f"{path / name} is missing", hint=f"{INDEX} names it; download the model again")
-    return tuple(path / name for name in names)
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise MismatchError(f"{index} points outside its directory, or to no safetensors file: {name[:80]!r}")
+        if len(name) > 255 or not (index.parent / name).is_file():
+            raise NotFoundError(f"{index.parent / name[:80]} is missing", hint=f"{index.name} names it; download it again")
+    return tuple(index.parent / name for name in names)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    found = read_json(path / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise MismatchError(f"{path / INDEX} has no weight_map")
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise MismatchError(f"{index} has no weight_map from tensors to files")
     return found
 
 
 def _check_index(path: Path, entries: dict[str, Entry]) -> None:
     if not is_sharded(path):
         return
-    for name, file in _weight_map(path).items():
+    for name, file in _weight_map(path / INDEX).items():
         if name not in entries or entries[name].file.name != file:
             raise MismatchError(f"{path / INDEX} places {name} in {file}, which does not hold it")

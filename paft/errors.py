@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+_LONGEST = 600
+
 
 class PaftError(Exception):
     """Base of all errors that paft raises on purpose."""
@@ -23,9 +25,10 @@ class PaftError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = one_line(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint and one_line(hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle with the hint: an error in a worker process is the user's error too."""
@@ -54,6 +57,11 @@ class ResourceError(PaftError):
     """The machine lacks something: disk, memory, a device, an optional package."""
 
     exit_code = 5
+
+
+def one_line(text: str) -> str:
+    """``text`` without line breaks, escape codes or an end out of sight: what it quotes may be a stranger's."""
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))[:_LONGEST]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

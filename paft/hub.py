@@ -25,9 +25,9 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
     honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
     """
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user alone
-    if path.is_dir():
-        return path
-    if path.exists():
+    if os.path.isdir(path):  # unlike Path's, takes a name that is too long for one that is not there
+        return contained(path)
+    if os.path.exists(path):
         raise MismatchError(f"{name} is a file, not a directory with the {kind}", hint="name the directory that holds it")
     if name.split(":")[0] == "demo":
         bases = demo_bases()
@@ -39,9 +39,25 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
     return _download(name, kind, patterns)
 
 
+def contained(directory: Path) -> Path:
+    """``directory``; MismatchError for a snapshot of the hub in which a link leads out of its repository's part of the cache.
+
+    Such a link would bring a file of this machine into what is made, and up to the hub with it. Other directories are the
+    user's own, who may link as he likes.
+    """
+    real = directory.resolve()
+    if real.parent.name != "snapshots" or not real.parents[1].name.startswith("models--"):
+        return directory
+    for path in real.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(real.parents[1]):
+            raise MismatchError(f"{directory}: {path.name} is a link that leads out of the hub's cache",
+                                hint="delete the snapshot, and download it again")
+    return directory
+
+
 def split_revision(name: str) -> tuple[str, str | None]:
     """``org/name@rev`` -> ``("org/name", "rev")``; a path that exists is left alone."""
-    if Path(name).exists() or "@" not in name:
+    if os.path.exists(name) or "@" not in name:
         return name, None
     repo, _, revision = name.rpartition("@")
     return repo, revision
@@ -64,7 +80,7 @@ def _download(name: str, kind: str, patterns: list[str] | None) -> Path:
     # Patterns match nested files too, so that checkpoints beside the model would come along.
     nested = ["*/*"] if patterns and not any("/" in pattern for pattern in patterns) else None
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=nested))
+        return contained(Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=nested)))
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise NotFoundError(f"no {kind} {name}: not a directory here, not in the hub cache, and {why}",

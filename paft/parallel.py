@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +17,7 @@ from paft.errors import ResourceError
 from paft.models import free_cores, quiet_libraries
 
 Done = Callable[[str, Any], None]
+_GRACE = 5.0  # seconds that an orphan has to clean up
 
 
 def run_graph(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done) -> None:
@@ -79,7 +82,18 @@ def _prepare(threads: int, places: SimpleQueue[str | None]) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_follow, daemon=True).start()
     quiet_libraries()
+
+
+def _follow() -> None:
+    """End with the parent: an orphan would train on, and hold the lock that ``--resume`` needs."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE)  # the pool's loop catches what `_leave` raises, and would wait for work for ever
+        os._exit(143)
 
 
 def _leave(*_: Any) -> None:

@@ -27,6 +27,7 @@ import torch
 from paft.checkpoint import Checkpoint, read_entries
 from paft.errors import MismatchError
 from paft.factors import Factors, Parts, Rows, Saved, Stored
+from paft.patterns import matches
 
 PREFIX = "base_model.model."
 # Names of the embedding and the head in the architectures of transformers. PEFT stores copies of these unasked.
@@ -68,18 +69,15 @@ def scale_and_rank(config: Mapping[str, Any], module: str) -> tuple[float, int]:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise MismatchError(f"rank_pattern or alpha_pattern {pattern!r} is no regular expression: {error}") from error
+        if matches(pattern, module, tail=True):
+            return value
     return default
 
 
 def _is_targeted(targets: Any, module: str) -> bool:
     """Is ``module`` one of the configuration's ``target_modules`` (a list of endings, or one regular expression)?"""
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+        return targets == "all-linear" or matches(targets, module)
     return any(module == target or module.endswith(f".{target}") for target in targets or [])
 
 

@@ -1,124 +1,37 @@
-"""Outputs that are complete or absent, and `paft.json`, which says how each was made.
+"""`paft.json`, which says how an artefact was made, and the hashes by which it can be checked.
 
-`output_dir(target)` hands out a scratch directory beside the target and moves it into place when the block ends without an
-error: a killed run leaves no directory that looks finished. `write_manifest` records command, resolved recipe, seed, versions,
-content hashes and cost. `content_hash` depends on tensor names, dtypes, shapes and bytes alone, so it does not change when a file
-is copied, re-sharded or its header re-ordered; it is a tree, so that tensors can be hashed in any order, while they are written.
+`write_manifest` records command, resolved recipe, seed, versions, content hashes and cost; `verify` names what has changed since.
+`content_hash` depends on tensor names, dtypes, shapes and bytes alone, so it does not change when a file is copied, re-sharded or
+its header re-ordered; it is a tree, so that tensors can be hashed in any order, while they are written.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import resource
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from paft.errors import MismatchError, NotFoundError, ResourceError
+from paft.errors import MismatchError, NotFoundError
+from paft.jsonfile import parse, read_header
+from paft.target import MANIFEST as MANIFEST  # an output and its manifest are used together
+from paft.target import check_target as check_target
+from paft.target import claim as claim
+from paft.target import make_parent as make_parent
+from paft.target import output_dir as output_dir
+from paft.target import set_aside as set_aside
 
-MANIFEST = "paft.json"
-_FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
 SCHEMA = 1
-
-
-def check_target(target: Path, *, overwrite: bool = False, in_place: bool = False) -> None:
-    """Refuse a target that exists and is not an empty directory, unless ``overwrite``; raises MismatchError.
-
-    The current directory and what lies above it are refused always: replacing them would delete more than an artefact.
-    A mount point, such as a container's volume, cannot be replaced at all; an output that grows ``in_place`` may be one.
-    """
-    if target.is_dir():
-        if Path.cwd().resolve().is_relative_to(target.resolve()):
-            raise MismatchError(f"{target} is the current directory, or above it", hint="choose another -o DIR")
-        if os.path.ismount(target.resolve()) and (overwrite or not in_place):
-            raise MismatchError(f"{target} is a mount point and cannot be replaced", hint="choose a directory inside it")
-        if not overwrite and any(target.iterdir()):
-            raise MismatchError(f"{target} is not empty", hint="choose another -o DIR, or pass --overwrite")
-    elif target.exists() or target.is_symlink():
-        raise MismatchError(f"{target} is a file, not a directory", hint="choose another -o DIR")
-
-
-def make_parent(target: Path) -> None:
-    """Make the directory that ``target`` will lie in; NotFoundError or ResourceError where nothing can be written there."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except PermissionError as error:
-        raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
-    except OSError as error:
-        raise ResourceError(f"cannot write in {target.parent}: {error.strerror}") from error
-
-
-@contextmanager
-def output_dir(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a scratch directory that becomes ``target`` when the block succeeds and vanishes when it does not.
-
-    With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place.
-    """
-    check_target(target, overwrite=overwrite)
-    given, target = target, Path(os.path.realpath(target))  # where a link leads, and the scratch directory beside that
-    make_parent(target)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o777 & ~_umask())
-        _replace(scratch, target)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise ResourceError(f"{_FULL[error.errno]} while writing {given}", hint="make room; nothing was kept") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _replace(scratch: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(scratch, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    try:
-        os.rename(target, aside / "old")
-        try:
-            os.rename(scratch, target)
-        except OSError:
-            os.rename(aside / "old", target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def set_aside(target: Path, *, aside: bool = True) -> Iterator[None]:
-    """For outputs that grow in place: the old ``target`` is moved aside, removed if the block succeeds, put back if it fails."""
-    if not (aside and target.exists()):
-        yield
-        return
-    keep = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / target.name
-    os.rename(target, keep)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(keep, target)
-        raise
-    finally:
-        shutil.rmtree(keep.parent, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+_CARD = "README.md"  # its owner may edit it
+Tensors = Mapping[str, tuple[str, Sequence[int], str]]  # name -> (dtype, shape, hex sha256 of the bytes)
 
 
 def tensor_files(path: Path) -> list[Path]:
@@ -128,14 +41,18 @@ def tensor_files(path: Path) -> list[Path]:
 
 def content_hash(path: Path) -> str:
     """`tree_hash` of every tensor in a directory's safetensors files."""
+    return tree_hash(hash_tensors(path))
+
+
+def hash_tensors(path: Path) -> dict[str, tuple[str, Sequence[int], str]]:
+    """The type, shape and hash of every tensor in a directory's safetensors files; MismatchError for a broken or cut file."""
     where = [(file, *found) for file in tensor_files(path) for found in _entries(file)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
         digests = list(pool.map(_digest, where))
-    return tree_hash({name: (entry["dtype"], entry["shape"], digest)
-                      for (_, name, _, entry), digest in zip(where, digests, strict=True)})
+    return {name: (entry["dtype"], entry["shape"], digest) for (_, name, _, entry), digest in zip(where, digests, strict=True)}
 
 
-def tree_hash(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+def tree_hash(tensors: Tensors) -> str:
     """sha256 over (name, dtype, shape, hex sha256 of the bytes) of every tensor, in order of name."""
     digest = hashlib.sha256()
     for name, (dtype, shape, tensor) in sorted(tensors.items()):
@@ -146,31 +63,36 @@ def tree_hash(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
 def _digest(where: tuple[Path, str, int, dict[str, Any]]) -> str:
     file, _, start, entry = where
     begin, end = entry["data_offsets"]
+    return _hash_file(file, start + begin, end - begin)
+
+
+def _hash_file(file: Path, start: int, size: int) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        stream.seek(start + begin)
-        remaining = end - begin
-        while remaining and (block := stream.read(min(remaining, 1 << 22))):
+        stream.seek(start)
+        while size and (block := stream.read(min(size, 1 << 22))):
             digest.update(block)
-            remaining -= len(block)
+            size -= len(block)
     return digest.hexdigest()
 
 
 def _entries(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (name, offset of the data section, header entry) for each tensor; MismatchError for a broken or cut file."""
-    size, found = file.stat().st_size, []
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length)) if length <= size - 8 else None
-            found = [(name, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"]  # type: ignore[union-attr]
-            whole = all(entry["dtype"] and 0 <= entry["data_offsets"][0] <= entry["data_offsets"][1] <= size - 8 - length
-                        and isinstance(entry["shape"], list) for _, _, entry in found)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            whole = False
-    if not whole:
-        raise MismatchError(f"{file} is not a complete safetensors file", hint="copy or download it again")
-    yield from found
+    header, start = read_header(file)
+    yield from ((name, start, entry) for name, entry in header.items() if name != "__metadata__")
+
+
+def _companions(directory: Path) -> dict[str, str]:
+    """sha256 of every other file of an artefact but its card; artefacts inside it answer for themselves."""
+    found: dict[str, str] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.name in (MANIFEST, _CARD) or path in tensor_files(directory):
+            continue
+        if path.is_dir() and not (path / MANIFEST).is_file():
+            found |= {f"{path.name}/{name}": digest for name, digest in _companions(path).items()}
+        elif path.is_file():
+            found[path.name] = _hash_file(path, 0, path.stat().st_size)
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -185,22 +107,37 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    """Peak resident memory of this process so far, in MB (10^6 bytes).
+
+    Linux's ``ru_maxrss`` begins with the peak of the process that started this one; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) * 1024 / 1e6, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], seed: int | None, content_sha256: str | None = None,
+def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], seed: int | None, tensors: Tensors | None = None,
                    **extra: Any) -> dict[str, Any]:
-    """Write ``paft.json`` into ``directory`` (its tensors must be complete) and return what was written.
+    """Write ``paft.json`` into ``directory`` (complete but for its card) and return what was written.
 
-    ``content_sha256``: the tensors' hash where the caller has it already. ``extra`` holds whatever the stage knows: ``base``,
-    ``inputs`` (name, hash), ``metrics``, ``wall_s``.
+    ``tensors``: their hashes where the caller has them already. ``extra`` holds whatever the stage knows: ``base``,
+    ``inputs`` (name, hash), ``metrics``, ``wall_s``. A directory without tensors, such as a run's, records no files.
     """
+    tensors = hash_tensors(directory) if tensors is None else tensors
     manifest = {"schema": SCHEMA, "command": command, "recipe": recipe, "seed": seed, "versions": versions(),
-                "content_sha256": content_sha256 or content_hash(directory), "peak_memory_mb": peak_memory_mb(), **extra}
+                "content_sha256": tree_hash(tensors), "peak_memory_mb": peak_memory_mb(), **extra}
+    if tensors:
+        manifest |= {"files": _companions(directory), "tensors": _brief(tensors)}
     (directory / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return manifest
+
+
+def _brief(tensors: Tensors) -> dict[str, str]:
+    """16 hex digits a tensor: enough to name the one that has changed; ``content_sha256`` is what proves that none has."""
+    return {name: tree_hash({name: about})[:16] for name, about in tensors.items()}
 
 
 def to_json(value: Any) -> str:
@@ -222,7 +159,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse(file.read_text(encoding="utf-8"))
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict):
@@ -238,10 +175,26 @@ def recorded_base(directory: Path) -> str | None:
 
 
 def verify(directory: Path) -> list[str]:
-    """What differs between a directory and its ``paft.json``; an empty list means that nothing does."""
+    """What differs between a directory and its ``paft.json``, one line each; an empty list means that nothing does.
+
+    Raises NotFoundError where there is no ``paft.json``, MismatchError for a file that is cut.
+    """
     manifest = read_manifest(directory)
     if manifest is None:
         raise NotFoundError(f"{directory} has no {MANIFEST}", hint="only what paft made can be verified")
-    found = content_hash(directory)
-    recorded = manifest.get("content_sha256")
-    return [] if found == recorded else [f"tensors: paft.json says {str(recorded)[:12]}..., the files hash to {found[:12]}..."]
+    tensors = hash_tensors(directory)
+    found, recorded = tree_hash(tensors), str(manifest.get("content_sha256"))
+    where = {name: f" in {file.name}" for file in tensor_files(directory) for name, _, _ in _entries(file)}
+    differences = _compare("tensor ", manifest.get("tensors"), _brief(tensors), where) if found != recorded else []
+    if found != recorded and not differences:  # an older manifest, or an edited one
+        differences = [f"tensors: paft.json says {recorded[:12]}..., the files hash to {found[:12]}..."]
+    return differences + _compare("", manifest.get("files"), _companions(directory))
+
+
+def _compare(what: str, recorded: Any, found: Mapping[str, str], where: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    if not isinstance(recorded, dict):
+        return []
+    changed = [name for name in recorded if found.get(name, recorded[name]) != recorded[name]]
+    return ([f"{what}{name} is missing" for name in recorded if name not in found]
+            + [f"{what}{name}{where.get(name, '')} has changed" for name in changed]
+            + [f"{what}{name}{where.get(name, '')} is not in {MANIFEST}" for name in found if name not in recorded])

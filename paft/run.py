@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from paft import data, provenance
-from paft.adapter import concatenate, read_adapter, save_adapter
+from paft.adapter import read_adapter
+from paft.controls import pruned, rescaled
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.engine import merge
-from paft.merge.extract import Prune, extract
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus, run_graph
+from paft.preflight import check_disk
 from paft.progress import Progress, say
 from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
@@ -78,14 +80,19 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     job = Run(recipe, out, quiet, workers=workers, resume=resume, share_base=share_base)
     started = time.monotonic()
     _read_data(job)
-    with provenance.set_aside(out, aside=overwrite and not resume):
+    check_disk(out, sum(_base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
+    with provenance.claim(Path(os.path.realpath(out))), provenance.set_aside(out, aside=overwrite and not resume):
         return _execute(job, started)
 
 
 def _default_workers(recipe: RunRecipe) -> int:
     """A training fills a GPU; a small model cannot use two cores for one training, but two trainings can."""
-    size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
+    size = _base_size(recipe)
     return len(gpus()) or (free_cores() if size < 100e6 else 1)
+
+
+def _base_size(recipe: RunRecipe) -> int:
+    return sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
 
 
 def _execute(job: Run, started: float) -> dict[str, Any]:
@@ -110,7 +117,6 @@ def plan(recipe: RunRecipe, out: Path, *, workers: int | None = None) -> dict[st
     check(recipe)
     job = Run(recipe, out, quiet=True)
     _read_data(job)
-    size = sum(file.stat().st_size for file in provenance.tensor_files(resolve_base(recipe.model)))
     stages, workers = [], workers or _default_workers(recipe)
     for name, stage in recipe.train.items():
         alone = stage_recipe(recipe, name, out).model_copy(update={"on": None})
@@ -119,6 +125,7 @@ def plan(recipe: RunRecipe, out: Path, *, workers: int | None = None) -> dict[st
         stages.append({"name": name, "on": stage.on, "done": _is_done(job, name), "seconds": cost["seconds"],
                        "memory_bytes": cost["memory_bytes"]})
     left = [stage["seconds"] for stage in stages if not stage["done"]]
+    size = _base_size(recipe)
     return {"out": str(out), "model": recipe.model, "base_bytes": size, "disk_bytes": size * len(recipe.merge),
             "rows": {"sft": {k: len(v) for k, v in job.sft.items()}, "pref": {k: len(v) for k, v in job.pref.items()}},
             "train": stages, "workers": workers, "seconds": round(max([sum(left) / workers, *left], default=0.0), 1),
@@ -221,9 +228,10 @@ def _merge_all(job: Run) -> None:
         for done, (name, entry) in enumerate(job.recipe.merge.items(), 1):
             sources = [job.adapter(source) for source in entry.of]
             if entry.norm_like:
-                sources[0] = _rescaled(job, entry.of[0], entry.norm_like)
+                sources[0] = rescaled(sources[0], job.adapter(entry.norm_like), job.out / "rescaled")
             if entry.density_like:
-                sources[0] = _pruned(job, entry.of[0], entry.density_like)
+                like = job.adapter(entry.density_like)
+                sources[0] = pruned(job.adapter(entry.of[0]), like, job.out / "rescaled", base=job.recipe.model)
             key = _key([entry.method, entry.parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
                        *map(provenance.content_hash, sources))
             if not (keys.get(name) == key and job.merged(name).is_dir() and not provenance.verify(job.merged(name))):
@@ -234,26 +242,6 @@ def _merge_all(job: Run) -> None:
                 keys[name] = key
                 store.write_text(json.dumps(keys, indent=1))
             show(done, name)
-
-
-def _pruned(job: Run, name: str, like: str) -> Path:
-    """The delta of ``name`` with as many of each tensor's entries, the largest, as ``like`` has of at least 1e-5."""
-    kept = max(1e-6, 1.0 - sparsity(read_adapter(job.adapter(like))).overall.moments.share_scaled)
-    target = job.out / "rescaled" / f"{name}-pruned-as-{like}"
-    extract(str(job.adapter(name)), out=target, base=job.recipe.model, prune=Prune(kept, None), overwrite=True)
-    return target
-
-
-def _rescaled(job: Run, name: str, like: str) -> Path:
-    """The adapter ``name`` times the number that gives it the Frobenius norm of ``like``, as an adapter of its own."""
-    norms = [sparsity(read_adapter(job.adapter(one))).overall.moments.frobenius for one in (like, name)]
-    factor = norms[0] / norms[1] if norms[1] else 0.0
-    target = job.out / "rescaled" / f"{name}-as-{like}"
-    with provenance.output_dir(target, overwrite=True) as directory:
-        config, tensors = concatenate([read_adapter(job.adapter(name))], [factor])
-        save_adapter(directory, config, tensors)
-        provenance.write_manifest(directory, command="run", recipe={"of": name, "norm_like": like, "factor": factor}, seed=None)
-    return target
 
 
 def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:

@@ -11,6 +11,7 @@ import yaml
 
 from paft.errors import NotFoundError, UsageError
 
+_LIMIT, _NODES, _DEPTH = 200_000, 20_000, 60  # characters, values with every alias written out, levels
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -55,9 +56,9 @@ _Loader.add_implicit_resolver(
 def parse_scalar(text: str) -> Any:
     """The value of one ``--set`` item, with the same rules as a file; UsageError where it is no YAML."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{text!r} is not valid YAML: {_problem(error)}", hint="quote it: key='\"text\"'") from None
+        return _construct(_Loader(text))[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{text[:80]!r} is not valid YAML: {_problem(error)}", hint="quote it: key='\"text\"'") from None
 
 
 def read_yaml(file: Path) -> Document:
@@ -68,15 +69,14 @@ def read_yaml(file: Path) -> Document:
         raise NotFoundError(f"no recipe at {file}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise NotFoundError(f"cannot read {file}: {error}") from None
+    if len(text) > _LIMIT:
+        raise UsageError(f"{file} is no recipe: it has {len(text)} characters", hint="name a YAML file")
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
+        data, lines = _construct(_Loader(text), str(file))
+        if not isinstance(data, dict):
             raise UsageError(f"{file} is not a mapping of keys to values")
-        lines: dict[tuple[str, ...], int | str] = {}
-        _index(node, (), lines, str(file))
-        return Document(loader.construct_document(node), lines, str(file))
-    except yaml.YAMLError as error:
+        return Document(data, lines, str(file))
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UsageError(f"{file}{line}: not valid YAML: {_problem(error)}") from None
@@ -84,11 +84,22 @@ def read_yaml(file: Path) -> Document:
         raise UsageError(f"{file}: an alias contains itself, or the nesting is too deep") from None
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
+def _problem(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0][:120]
+
+
+def _construct(loader: _Loader, name: str = "value") -> tuple[Any, dict[tuple[str, ...], int | str]]:
+    """A text's value and the line of every key; what its aliases unfold to is bounded, before anything walks it."""
+    node, lines = loader.get_single_node(), {}
+    if node is None:
+        return None, lines
+    _index(node, (), lines, name)
+    return loader.construct_document(node), lines
 
 
 def _index(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int | str], name: str) -> None:
+    if len(lines) > _NODES or len(path) > _DEPTH:
+        raise yaml.YAMLError(f"an alias contains itself, or unfolds to more than {_NODES} values or {_DEPTH} levels")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))

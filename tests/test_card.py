@@ -39,3 +39,13 @@ def test_adapter_card_with_numbers() -> None:
     assert header(card)["base_model_relation"] == "adapter"
     assert "What it is." in card
     assert "| method | accuracy | loss |\n|---|---|---|\n| ties | 0.1235 |  |\n| a\\|b |  | 2 |" in card
+
+
+def test_a_hostile_name_stays_a_name() -> None:
+    name = "<script>alert(1)</script>\n---\nbase_model: x\n```\n# more"
+    card = model_card(name, base=None, recipe={"adapters": [name, "````"]}, metrics=[{"who": name}])
+    text, fenced = card.split("`````yaml")
+    assert "<script>" not in text and "&lt;script&gt;" in text and len(card.split("`````")) == 3
+    assert "<script>" not in fenced.split("`````")[1]
+    heading = next(line for line in text.splitlines() if line.startswith("# "))
+    assert "alert(1)" in heading and heading.endswith("# more")

@@ -131,7 +131,7 @@ def test_what_a_link_leads_to_is_replaced_not_the_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")
     for text in ("1", "2"):
         with output_dir(tmp_path / "link", overwrite=True) as directory:
-            assert directory.parent == tmp_path / "disk"
+            assert directory.parents[1] == tmp_path / "disk"
             (directory / "file").write_text(text)
         assert tree(tmp_path / "disk") == {"deep/file": text.encode()}
         assert (tmp_path / "link").is_symlink()
@@ -262,7 +262,7 @@ def test_verify_finds_any_flipped_bit(artefact: Path, data: st.DataObject) -> No
     try:
         found = verify(artefact)
     except MismatchError as error:
-        assert "not a complete safetensors file" in error.message and place < start
+        assert "safetensors" in error.message and place < start
     else:
         assert found or (8 <= place < start and whole[place : place + 1] == b" "), place  # the header's padding is no content
     finally:
@@ -279,9 +279,9 @@ def test_a_cut_file_is_refused(keep: int, artefact: Path) -> None:
 
 def test_a_lost_tensor_is_found(artefact: Path) -> None:
     save_file({name: TENSORS[name] for name in "abc"}, artefact / "model.safetensors")
-    assert len(verify(artefact)) == 1
+    assert verify(artefact) == ["tensor d is missing"]
     (artefact / "model.safetensors").unlink()
-    assert len(verify(artefact)) == 1
+    assert sorted(verify(artefact)) == [f"tensor {name} is missing" for name in "abcd"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", "\x00"])

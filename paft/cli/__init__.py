@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from paft.errors import PaftError
+from paft.errors import PaftError, one_line
 
 SMALLER = "use a smaller batch (--set trainer.per_device_train_batch_size=1)"
 EPILOG = "Start with `paft run demo`. Every command: `paft COMMAND --help`."
@@ -30,11 +30,11 @@ def cli() -> None:
 
 
 def _register() -> None:
-    from paft.cli import analysis, compare, delta, merge, report, search, system, train
+    from paft.cli import analysis, compare, delta, doctor, merge, report, search, system, train
 
     for command in (system.run, train.train_sft, train.train_dpo, train.train_joint, merge.merge, merge.methods, delta.delta,
                     analysis.sparsity_report, analysis.interference, report.evaluate, compare.compare, search.search,
-                    system.recipes, system.verify):
+                    system.recipes, system.verify, doctor.doctor):
         cli.add_command(command)
 
 
@@ -55,8 +55,15 @@ def main() -> None:
     os._exit(code)
 
 
+class Stop(KeyboardInterrupt):
+    """Another signal than Ctrl-C's: everything cleans up as after that, and the exit code is 128 + ``number``."""
+
+    number = signal.SIGINT
+
+
 def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    Stop.number = signal.Signals(number)
+    raise Stop
 
 
 def invoke(arguments: list[str]) -> int:
@@ -81,7 +88,7 @@ def invoke(arguments: list[str]) -> int:
         hint = kept.get(arguments[0]) if arguments else None
         told = getattr(stop.__cause__ or stop, "args", ())  # click wraps the interrupt
         message, hint = told if len(told) == 2 else ("interrupted; nothing half-made was kept", hint)
-        return _fail(message, hint, 130, arguments)
+        return _fail(message, hint, 128 + Stop.number, arguments)
     except BrokenPipeError:
         return 0
     except MemoryError:
@@ -102,6 +109,6 @@ def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> in
         traceback.print_exc()
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", err=True, nl=False)  # whatever bar stands there
-    message = " ".join(message.split())
+    message = one_line(message)
     click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
     return code

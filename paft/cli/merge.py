@@ -38,7 +38,9 @@ from paft.recipe import MergeRecipe
 @click.option("--engine", type=click.Choice(["paft", "mergekit"]), help="mergekit: its own methods, on exact float32 adapters.")
 @click.option("--export-mergekit", "export", metavar="FILE", type=click.Path(path_type=Path),
               help="Write the merge as mergekit's YAML, and stop.")
+@click.option("--check/--no-check", default=None, help="Load the merged model and look at its logits  [default: below 1 GB].")
 @options.allow_base_mismatch
+@click.option("--resume", is_flag=True, help="Take the files that a killed merge has finished; keep them at an interrupt.")
 @options.dry_run
 @options.overwrite
 @options.common
@@ -91,7 +93,8 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
     """Run the recipe's engine."""
     common = {"base": recipe.base, "method": recipe.method, "parameters": recipe.parameters, "weights": recipe.weights,
               "out": out, "dtype": recipe.dtype, "seed": recipe.seed, "overwrite": given["overwrite"],
-              "dry_run": given["dry_run"], "allow_base_mismatch": given["allow_base_mismatch"], "progress": progress}
+              "dry_run": given["dry_run"], "allow_base_mismatch": given["allow_base_mismatch"], "progress": progress,
+              "check": given["check"]}
     if recipe.engine == "mergekit":
         from paft.merge.mergekit import engine as backend
 
@@ -101,11 +104,14 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
                 raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
         if given["rank"] is not None or given["max_error"] is not None:
             raise UsageError("--engine mergekit writes whole models", hint="leave out --rank and --max-error")
+        if given["resume"]:
+            raise UsageError("--engine mergekit cannot --resume", hint="leave it out")
         return backend.merge(recipe.adapters, **common)
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
-                        device=given["device"], rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"])
+                        device=given["device"], rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"],
+                        resume=given["resume"])
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
@@ -132,6 +138,7 @@ def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
     if "rounding" in report:
         lost = report["rounding"]
         lines.append(f"rounding to the output dtype keeps {lost['entries_surviving']:.1%} of the changed entries")
+    lines += ["checked: it loads, and its logits are finite"] if report.get("check") else []
     return [*lines, f"next: paft eval {out} \\", f"        --base {report['base']} \\", "        --sft-data ... --pref-data ..."]
 
 

@@ -16,6 +16,8 @@ from paft.cli import options
 from paft.errors import MismatchError, NotFoundError
 from paft.recipe import RunRecipe, load
 
+_SHOWN = 20  # differences, one a line
+
 
 @click.command()
 @click.argument("recipe")
@@ -151,21 +153,26 @@ def _verb(file: Path) -> str:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--against", multiple=True, metavar="DIR", type=click.Path(path_type=Path),
+              help="A base or an adapter that it should be made from.")
 @options.common
-def verify(directory: Path, as_json: bool, **_: Any) -> None:
-    """Check an artefact against its paft.json.
+def verify(directory: Path, against: tuple[Path, ...], as_json: bool, **_: Any) -> None:
+    """Check an artefact, or a whole run, against paft.json.
 
-    Recomputes the hash of its tensors; exit code 3 if they differ.
+    Hashes tensors and files again and names what differs: a tensor, a file, a
+    stage, a base; exit code 3 if anything does.
 
     \b
     paft verify adapters/sft-l1
+    paft verify merges/ties --against adapters/sft --against adapters/dpo
     """
-    from paft.provenance import verify as check
+    from paft.verify import verify_tree
 
-    if not directory.is_dir():
-        raise NotFoundError(f"no directory {directory}")
-    differences = check(directory)
+    report = verify_tree(directory, against)
+    differences, count = report["differences"], report["artefacts"]
+    lines = differences[:_SHOWN] + ([f"and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else [])
+    several = f"{count} artefacts are" if count > 1 else "it is"
+    options.show(report, lines or [f"{directory}: {several} what paft.json says"], as_json=as_json)
     if differences:
-        raise MismatchError(f"{directory} is not what paft.json describes: {differences[0]}",
-                            hint="make it again, or ask its author")
-    options.show({"directory": str(directory), "ok": True}, [f"{directory}: tensors are what paft.json says"], as_json=as_json)
+        raise MismatchError(f"{directory} is not what paft.json describes: {len(differences)} "
+                            + ("difference" if len(differences) == 1 else "differences"), hint="make it again, or ask its author")

@@ -76,7 +76,8 @@ def _conversation(column: str) -> Layout:
         no_tools(row)
         given = messages(row[column], column)
         plain = _system(row, given)
-        learnt = {i + len(plain) - len(given) for i, turn in enumerate(row[column]) if weight(turn)}
+        turns = row[column] if isinstance(row[column], list) else [row[column]]
+        learnt = {i + len(plain) - len(given) for i, turn in enumerate(turns) if weight(turn)}
         answers = [i for i, turn in enumerate(plain) if turn["role"] == "assistant" and i and i in learnt]
         if not answers:
             raise UsageError(f"`{column}` has no assistant turn to learn", hint="drop such rows")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,8 @@ from paft.hub import split_revision
 
 Row = dict[str, Any]
 Split = Literal["train", "validation", "test"]
+_LONGEST = 1 << 26  # characters of a line, or of a cell
+_UNPACKED, _RATIO = 1 << 22, 200  # of a packed file: text packs to a fifth, a log to a hundredth
 PACKED = {".gz", ".bz2", ".xz", ".zst"}
 _SPLIT = re.compile(r"(?<![a-z])(train|test|valid|val|dev|eval)(ing|idation|uation)?(?![a-z])", re.IGNORECASE)
 
@@ -44,10 +47,10 @@ class Place:
     @classmethod
     def parse(cls, source: str) -> Place:
         """``org/name@rev#subset:split``; no part of a path that exists is taken for one of these."""
-        if _expand(source).exists():
+        if os.path.exists(_expand(source)):
             return cls(source)
         marks = [i for i, character in enumerate(source) if character in "#:"]
-        end = next((i for i in reversed(marks) if _expand(source[:i]).exists()), min(marks, default=len(source)))
+        end = next((i for i in reversed(marks) if os.path.exists(_expand(source[:i]))), min(marks, default=len(source)))
         named, _, split = source[end:].partition(":")
         name, revision = split_revision(source[:end])
         return cls(name, revision, named.removeprefix("#") or None, split or None)
@@ -63,7 +66,7 @@ def read(source: str, split: Split | None = None, *, streaming: bool = False) ->
         return _demo(source, split)
     place = Place.parse(source)
     path = place.path
-    if not path.exists():
+    if not os.path.exists(path):
         return _hub(place, source, split or "train", streaming)
     if path.is_dir() and (path / "dataset_dict.json").exists() | (path / "state.json").exists():
         return _saved(place, source)
@@ -135,14 +138,26 @@ def _text(file: Path) -> Any:
     return opened.open()
 
 
+def _lines(file: Path, opened: Any) -> Iterator[str]:
+    """Lines of bounded length and, of a packed file, in bounded number: a kilobyte of gzip unpacks to a megabyte of anything."""
+    room = _UNPACKED + _RATIO * file.stat().st_size if file.suffix in PACKED else math.inf
+    while line := opened.readline(_LONGEST):
+        room -= len(line)
+        if room < 0:
+            raise UsageError(f"{file} unpacks to more than {_RATIO} times its size", hint="unpack it yourself, if you trust it")
+        if len(line) == _LONGEST:
+            raise UsageError(f"{file} has a line of more than {_LONGEST >> 20} MB", hint="a row is one line")
+        yield line
+
+
 def _jsonl(file: Path) -> Iterator[Row]:
-    with _text(file) as lines:
-        for number, line in enumerate(lines, 1):
+    with _text(file) as opened:
+        for number, line in enumerate(_lines(file, opened), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{file}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UsageError(f"{file}:{number}: a row is an object, not {type(row).__name__}")
@@ -151,10 +166,10 @@ def _jsonl(file: Path) -> Iterator[Row]:
 
 def _json(file: Path) -> Iterator[Row]:
     with _text(file) as opened:
-        text = opened.read()
+        text = "".join(_lines(file, opened))
     try:
         rows = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         yield from _jsonl(file)  # JSON lines under another name, or it says which line is broken
         return
     if isinstance(rows, dict) and "\n" not in text.strip():
@@ -165,9 +180,10 @@ def _json(file: Path) -> Iterator[Row]:
 
 
 def _csv(file: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # 128 kB is too little for a document
+    csv.field_size_limit(_LONGEST)  # 128 kB is too little for a document
     with _text(file) as opened:
-        for number, row in enumerate(csv.DictReader(opened, dialect="excel-tab" if _kind(file) == ".tsv" else "excel"), 1):
+        dialect = "excel-tab" if _kind(file) == ".tsv" else "excel"
+        for number, row in enumerate(csv.DictReader(_lines(file, opened), dialect=dialect), 1):
             if None in row or None in row.values():
                 raise UsageError(f"{file}: row {number} has {'more' if None in row else 'fewer'} cells than the header",
                                  hint="quote cells that hold commas or line breaks")
@@ -178,6 +194,8 @@ def _parquet(file: Path) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as opened:
+        if opened.metadata.num_rows > 1000 + 64 * file.stat().st_size:  # runs of one value take no room
+            raise UsageError(f"{file} says that it holds {opened.metadata.num_rows} rows, far too many for its size")
         for batch in opened.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
 
@@ -185,7 +203,7 @@ def _parquet(file: Path) -> Iterator[Row]:
 def _plain(file: Path) -> Iterator[Row]:
     """Paragraphs if there are any, else lines."""
     with _text(file) as opened:
-        text = opened.read().replace("\r\n", "\n")
+        text = "".join(_lines(file, opened)).replace("\r\n", "\n")
     yield from ({"text": block.strip()} for block in text.split("\n\n" if "\n\n" in text else "\n") if block.strip())
 
 
@@ -226,7 +244,7 @@ def _saved(place: Place, source: str) -> Iterable[Row]:
 
 
 def _hub(place: Place, source: str, split: str, streaming: bool) -> Iterable[Row]:
-    local = place.path.exists()
+    local = os.path.exists(place.path)
     if not local and (place.name.startswith((".", "/", "~")) or _kind(Path(place.name)) in READERS or place.name.count("/") > 1):
         raise NotFoundError(f"no data at {source}",
                             hint="check the path; a hub id looks like org/name[@revision][#subset][:split]")

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from paft.checkpoint import INDEX as MODEL_INDEX
-from paft.checkpoint import Checkpoint, Entry, read_entries, read_json
+from paft.checkpoint import Checkpoint, Entry, indexed_files, read_entries
 from paft.delta import TILE_ELEMENTS, ProductTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import MismatchError, NotFoundError
+from paft.jsonfile import read_json
 from paft.merge.merged import Merged, Term
 from paft.merge.ops import combine_linearly
 from paft.merge.tensorfile import DTYPES
@@ -235,14 +236,7 @@ def _files(path: Path) -> list[Path]:
         if (path / SINGLE).is_file():
             return [path / SINGLE]
         raise NotFoundError(f"{path} holds no {SINGLE}", hint=_AGAIN)
-    found = read_json(path / INDEX).get("weight_map")
-    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
-    for name in names:
-        if Path(name).name != name:
-            raise MismatchError(f"{path / INDEX} points outside its directory: {name}")
-        if not (path / name).is_file():
-            raise NotFoundError(f"{path / name} is missing", hint=_AGAIN)
-    return [path / name for name in names]
+    return list(indexed_files(path / INDEX))
 
 
 def _matrix(shape: list[int]) -> tuple[int, int]:
@@ -272,7 +266,7 @@ def _wanted(about: dict[str, Any], values: Entry | None) -> dict[str, tuple[str,
 
 def _is_record(about: Any) -> bool:
     """Is a tensor's record of a known format, with a shape and, for factors, ranks and a sum of their products?"""
-    if not isinstance(about, dict) or about.get("format") not in ARRAYS or not _are_sizes(about.get("shape")):
+    if not isinstance(about, dict) or str(about.get("format")) not in ARRAYS or not _are_sizes(about.get("shape")):
         return False
     low_rank = about["format"] == "low_rank"
     return not low_rank or (_are_sizes(about.get("ranks")) and _is_term(about.get("terms"), len(about["ranks"])))

@@ -22,16 +22,18 @@ from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS
 from paft.errors import UsageError, did_you_mean
 from paft.merge import writer
+from paft.merge.check import check_model
 from paft.merge.device import DEVICES, check_device
-from paft.merge.estimate import estimate
+from paft.merge.estimate import estimate, fits
 from paft.merge.inputs import open_inputs
 from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
 from paft.merge.settings import Input, Settings, native
+from paft.merge.shards import Shards, key_of
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
-from paft.provenance import check_target, content_hash, output_dir, write_manifest
+from paft.provenance import Tensors, check_target, content_hash, output_dir, write_manifest
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -61,6 +63,8 @@ def merge(
     progress: Progress | None = None,
     tile_elements: int = TILE_ELEMENTS,
     threads: int | None = None,
+    check: bool | None = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
@@ -69,6 +73,8 @@ def merge(
     per input, 1 each by default. ``dtype`` None keeps the base's; ``rounding`` stochastic keeps small deltas on average.
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
+    ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
+    ``resume`` takes the files that a killed merge has finished (`paft.merge.shards`), and keeps them at an interrupt.
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
@@ -79,16 +85,21 @@ def merge(
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
-    settings = settings.over(opened.base.entries)
-    job = Job(opened, method, settings, dialect, seed, kind, output_kind, tile_elements, threads or free_cores(), budget,
-              rounding, device)
+    job = Job(opened, method, settings.over(opened.base.entries), dialect, seed, kind, output_kind, tile_elements,
+              threads or free_cores(), budget, rounding, device)
     job.check_parameters()
     opened.check_apart(out)
-    if dry_run:
-        return estimate(job)
-    with output_dir(out, overwrite=overwrite) as scratch:
-        report = _write(job.with_trims(), scratch, _Steps(progress, len(opened.base.entries)))
-    return report | {"out": str(out), "base": opened.reference}
+    return estimate(job) if dry_run else _make(job, out, progress, overwrite=overwrite, check=check, resume=resume)
+
+
+def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None, resume: bool) -> dict[str, Any]:
+    fits(job, out)
+    if resume and job.output_kind != "full":
+        raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
+    with output_dir(out, overwrite=overwrite, resume=resume) as scratch:
+        report = _write(job.with_trims(), scratch, _Steps(progress, len(job.inputs.base.entries)))
+        report["check"] = check_model(scratch, check if job.output_kind == "full" else False)
+    return report | {"out": str(out), "base": job.inputs.reference}
 
 
 def _check_output(kind: str, rounding: str, device: str) -> None:
@@ -112,19 +123,21 @@ def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
         found = _write_part(job, scratch, steps, {"name": opened.base_name, "content_sha256": base_hash})
     report |= {**found, "seed": job.seed, "output_kind": job.output_kind, "wall_s": round(time.monotonic() - started, 3)}
     hashes = [{"name": name, "content_sha256": d.content_hash} for name, d in zip(opened.names, opened.deltas, strict=True)]
-    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=hashes, content_sha256=made,
+    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=hashes, tensors=made,
                    base={"name": opened.base_name, "content_sha256": base_hash}, metrics=report)
     return report
 
 
-def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any], str, str]:
-    """A whole model; returns the report, and the content hashes of the base and of the model."""
+def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any], str, Tensors]:
+    """A whole model; returns the report, the content hash of the base and the hashes of the model's tensors."""
     tallies = {name: Tally(job.inputs.names) for name in job.inputs.base.entries if name in job.touched}
 
     def merged(entry: Entry, read: Read) -> Iterator[torch.Tensor] | None:
         return job.merged(entry, read, tallies[entry.name]) if entry.name in job.touched else None
 
-    written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps)
+    key = key_of(job.recipe(), [delta.content_hash for delta in job.inputs.deltas], job.inputs.base)
+    shards = Shards.open(scratch, key, tallies)
+    written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps, shards)
     writer.write_companions(job.inputs.base, scratch, job.dtype)
     title = f"{job.inputs.base_name} + {', '.join(job.inputs.names)} ({job.method})"
     card = model_card(title, base=job.inputs.base_name, recipe=job.recipe())
@@ -134,7 +147,7 @@ def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any],
         tally.add(each)
     count = {"merged": len(job.touched), "copied": len(job.inputs.base.entries) - len(job.touched)}
     report = {**tally.report(), "tensors": count, "bytes": {"read": written.read, "written": written.written}}
-    return report, written.base_hash, written.out_hash
+    return report, written.base_hash, written.out
 
 
 def _write_part(job: Job, scratch: Path, steps: _Steps, origin: dict[str, Any]) -> dict[str, Any]:

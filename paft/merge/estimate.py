@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from paft.delta import tile_rows
@@ -12,6 +13,7 @@ from paft.merge.job import Job
 from paft.merge.outputs import preview
 from paft.merge.profile import profile
 from paft.merge.tally import Tally
+from paft.preflight import check_disk, check_memory
 
 _COPY_RATE = 1e9  # bytes per second that a plain disk writes
 _IMPORTS = 400e6  # bytes of memory that Python with torch takes before any work
@@ -28,14 +30,7 @@ def estimate(job: Job) -> dict[str, Any]:
         for _ in job.merged(sample, partial(job.inputs.base.tile, sample.name), Tally(job.inputs.names)):
             pass
     rate = (time.monotonic() - started) / max(1, sample.rows * sample.columns) / job.threads
-    read = sum(entry.nbytes for entry in entries.values())
-    written = sum(
-        entry.rows * entry.columns * writer.output_dtype(entry, job.dtype).itemsize if entry.is_float else entry.nbytes
-        for entry in entries.values()
-    )
-    factors = [4 * f.a.shape[0] * sum(f.shape) for adapter in job.inputs.adapters for f in adapter.factors.values()]
-    held = sum(factors) if job.output_kind == "lora" else max(factors, default=0) * 2 * job.threads
-    tile = max((tile_rows(entry.columns, job.elements) * entry.columns for entry in changed), default=0)
+    read, written = sum(entry.nbytes for entry in entries.values()), _written(job)
     counts = {"merged": len(changed), "copied": len(entries) - len(changed)}
     if job.output_kind != "full":
         part = preview(job.output_kind, job.source(), job.budget, job.dtype)
@@ -47,5 +42,29 @@ def estimate(job: Job) -> dict[str, Any]:
         "bytes": {"read": read, "written": written},
         "profile": profile(job.settings, job.inputs.touched(), job.inputs.names),
         "seconds": round(rate * size + written / _COPY_RATE, 2),
-        "memory_bytes": int(_IMPORTS + held + tile * 4 * (4 * len(job.inputs.deltas) + 12)),
+        "memory_bytes": int(_IMPORTS + _working(job)),
     }
+
+
+def fits(job: Job, out: Path) -> None:
+    """ResourceError where disk or memory cannot suffice; of a delta only the writing tells how large it is."""
+    if job.output_kind == "full":
+        check_disk(out, _written(job))
+    check_memory("this merge", _working(job), "set OMP_NUM_THREADS=1, or end other programs")
+
+
+def _written(job: Job) -> int:
+    """Bytes of a whole model."""
+    return sum(
+        entry.rows * entry.columns * writer.output_dtype(entry, job.dtype).itemsize if entry.is_float else entry.nbytes
+        for entry in job.inputs.base.entries.values()
+    )
+
+
+def _working(job: Job) -> int:
+    """Bytes of memory for factors and tiles: of all tensors for an adapter, else of those at work."""
+    entries = job.inputs.base.entries
+    factors = [4 * f.a.shape[0] * sum(f.shape) for adapter in job.inputs.adapters for f in adapter.factors.values()]
+    held = sum(factors) if job.output_kind == "lora" else max(factors, default=0) * 2 * job.threads
+    tile = max((tile_rows(entries[name].columns, job.elements) * entries[name].columns for name in job.touched), default=0)
+    return held + tile * 4 * (4 * len(job.inputs.deltas) + 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: 
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
     _check_distinct(labels, deltas)
     named = label(reference, directory)
-    named_as = reference if Path(reference).expanduser().exists() else named
+    named_as = reference if os.path.exists(os.path.expanduser(reference)) else named
     return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as, base_hash)
 
 
@@ -157,8 +158,9 @@ def _common_base(adapters: Sequence[Adapter], inputs: int) -> str:
 
 def _base_reference(adapter: Adapter) -> str:
     name = adapter.base_model or ""
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser().resolve())
+    path = os.path.expanduser(name)  # unlike Path's, leaves the home of nobody alone, and a name that is too long
+    if os.path.isdir(path):
+        return os.path.realpath(path)
     return f"{name}@{adapter.base_revision}" if adapter.base_revision and "@" not in name else name
 
 

@@ -24,9 +24,11 @@ from typing import Any
 
 import torch
 
-from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries, read_header, read_json
+from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries
 from paft.delta import TILE_ELEMENTS, tile_rows
 from paft.errors import MismatchError
+from paft.jsonfile import read_header, read_json
+from paft.merge.shards import Hashes, Shards
 from paft.provenance import tree_hash
 
 Read = Callable[[int, int], torch.Tensor]
@@ -44,20 +46,23 @@ class Written:
 
     read: int = 0
     written: int = 0
-    base: dict[str, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
-    out: dict[str, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
+    base: Hashes = field(default_factory=dict)
+    out: Hashes = field(default_factory=dict)
+
+    def take(self, base: Hashes, out: Hashes, progress: Callable[[str], None]) -> None:
+        """Count a file that an earlier process finished."""
+        self.base |= base
+        self.out |= out
+        for name in out:
+            progress(name)
 
     @property
     def base_hash(self) -> str:
         return tree_hash(self.base)
 
-    @property
-    def out_hash(self) -> str:
-        return tree_hash(self.out)
-
 
 def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged: Merged, threads: int,
-                  progress: Callable[[str], None]) -> Written:
+                  progress: Callable[[str], None], shards: Shards | None = None) -> Written:
     """Write every file of the base's weights into ``out``, ``threads`` tensors at a time.
 
     ``merged(entry, read)`` yields the row tiles of a changed tensor in the output type, in order, having read every row of
@@ -71,6 +76,9 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
         stack.callback(torch.set_num_threads, before)
         jobs: list[tuple[Entry, _Place, Future[tuple[str, str]]]] = []
         for file in base.files:
+            if shards and file.name in shards.done:
+                done.take(*shards.of(file.name), progress)
+                continue
             source = os.open(file, os.O_RDONLY)
             stack.callback(os.close, source)
             target = os.open(out / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -78,6 +86,14 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
             for entry, place in _layout(file, base, dtype, source, target):
                 jobs.append((entry, place, pool.submit(_write_one, entry, place, merged)))
         left, synced = Counter(place.target for _, place, _ in jobs), []
+
+        def finish(target: int, file: Path) -> None:
+            os.fsync(target)
+            if not shards:
+                return
+            names = [entry.name for entry, _, _ in jobs if entry.file == file]
+            shards.finish(file.name, {name: done.base[name] for name in names}, {name: done.out[name] for name in names})
+
         try:
             for entry, place, job in jobs:
                 read, wrote = job.result()
@@ -88,7 +104,7 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
                 progress(entry.name)
                 left[place.target] -= 1
                 if not left[place.target]:  # not before: a file that is written to waits for the disk
-                    synced.append(syncer.submit(os.fsync, place.target))
+                    synced.append(syncer.submit(finish, place.target, entry.file))
             for sync in synced:
                 sync.result()
         finally:  # no thread may hold a file when it is closed

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from paft.errors import MismatchError, UsageError
-from paft.models import check_quantize
+from paft.errors import MismatchError, ResourceError, UsageError
+from paft.models import check_quantize, parameters
+from paft.preflight import check_disk, check_memory
 from paft.progress import say
 from paft.recipe import JointRecipe, TrainRecipe
 from paft.sections import Lora
@@ -73,6 +74,25 @@ def check_start(recipe: TrainRecipe) -> None:
         raise UsageError(f"full fine-tuning needs the base in float32, not in {recipe.quantize or recipe.dtype}",
                          hint="leave dtype and quantize out; trainer.bf16=true computes in bfloat16")
     check_quantize(recipe.quantize)
+
+
+def check_room(recipe: TrainRecipe, base: Path, out: Path) -> None:
+    """ResourceError where the weights alone fit into no memory, or what full fine-tuning keeps onto no disk.
+
+    A lower bound: 16 bytes a parameter that is trained (weight, gradient, two moments of Adam), else the width of the frozen
+    base; activations come on top. On disk a whole model and a checkpoint of it.
+    """
+    import torch
+
+    count = parameters(base)
+    width = 16 if recipe.full else 0.5 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]
+    said = f"to train {recipe.model}"
+    if not torch.cuda.is_available():
+        check_memory(said, width * count, "choose a smaller base, dtype: bfloat16, or a machine with more memory")
+    elif (free := sum(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count()))) < width * count:
+        raise ResourceError(f"{said} takes {width * count / 1e9:.1f} GB for the weights, and the GPUs have {free / 1e9:.1f} GB",
+                            hint="choose a smaller base, dtype: bfloat16 or quantize: 4bit")
+    check_disk(out, 16 * count if recipe.full else 1e6)
 
 
 def check_names(lora: Lora, adapted: Sequence[str], every: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from paft.train import artefact, budget, forecast, losses, optima, reference, wo
 from paft.train.checks import (
     check_evaluation,
     check_names,
+    check_room,
     check_start,
     evaluated,
     fitted,
@@ -131,6 +132,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     rows = load(recipe, quiet) if rows is None else rows
     check_evaluation(recipe, rows)
     base = resolve_base(require(recipe.model, "--model"))
+    check_room(recipe, base, out)
     begun = _begun(recipe, rows)
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)

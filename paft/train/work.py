@@ -11,11 +11,9 @@ they only say where things lie.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +25,7 @@ from typing import Any
 from paft.errors import MismatchError, ResourceError
 from paft.progress import say
 from paft.provenance import MANIFEST, make_parent, read_manifest, versions
+from paft.target import HELD, no_room
 
 BEGUN = "begun.json"
 PROGRESS = "progress.json"  # the last file of a checkpoint that is written: without it the checkpoint is not whole
@@ -156,13 +155,12 @@ def _explain(error: BaseException, directory: Path, checkpoint: Path | None) -> 
     if checkpoint is not None and isinstance(error, KeyboardInterrupt):
         raise KeyboardInterrupt(f"interrupted; {directory} keeps step {step_of(checkpoint)}",
                                 "the same command with --resume goes on from there") from None
-    # PyTorch's writer of archives knows no errno; its message names the file of its source.
-    if getattr(error, "errno", None) == errno.ENOSPC or re.search("inline_container|No space left", str(error)):
+    if full := no_room(error):
         for path in directory.glob("checkpoint-*"):
             if not whole(path):
                 shutil.rmtree(path, ignore_errors=True)
         kept = f"the same command with --resume goes on from step {step_of(checkpoint)}" if checkpoint else "nothing was kept"
-        raise ResourceError(f"disk full while training in {directory}", hint=f"free some space; {kept}") from error
+        raise ResourceError(f"{full} while training in {directory}", hint=f"free some space; {kept}") from error
 
 
 @contextmanager
@@ -171,7 +169,10 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in HELD:  # a file system without locks
+                yield
+                return
             raise MismatchError(f"another process is training {out}", hint="wait for it, or choose another -o DIR") from None
         yield
 

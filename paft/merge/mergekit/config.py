@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from paft import hub
@@ -47,7 +46,7 @@ class Ref:
 
     @property
     def is_adapter(self) -> bool:
-        return self.lora is not None or (Path(os.path.expanduser(self.model)) / "adapter_config.json").is_file()
+        return self.lora is not None or os.path.isfile(os.path.join(os.path.expanduser(self.model), "adapter_config.json"))
 
 
 @dataclass(frozen=True)

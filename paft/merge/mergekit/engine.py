@@ -34,6 +34,7 @@ from paft.checkpoint import Checkpoint, Entry
 from paft.delta import TILE_ELEMENTS, LoraDelta, tile_rows
 from paft.errors import MismatchError, ResourceError
 from paft.merge import engine, writer
+from paft.merge.check import check_model
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.mergekit.contracts import signature
 from paft.merge.mergekit.writer import compose
@@ -62,6 +63,7 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    check: bool | None = False,
 ) -> dict[str, Any]:
     """Merge with one of mergekit's methods, named as there; arguments and report as `paft.merge.engine.merge`'s.
 
@@ -73,10 +75,8 @@ def merge(
     settings = Settings.read(signature(method), inputs, parameters, weights)
     opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
     opened.check_apart(out)
-    settings = settings.over(opened.base.entries)
-    names = opened.touched()
-    for _ in settings.distinct(names):
-        pass
+    settings, names = settings.over(opened.base.entries), opened.touched()
+    list(settings.distinct(names))  # refuses what cannot be
     recipe = {"kind": "merge", "engine": "mergekit", "method": method, **settings.record(opened.names),
               "base": opened.base_name, "dtype": dtype, "seed": seed}
     target = None if dtype is None else engine.DTYPES[dtype]
@@ -95,7 +95,8 @@ def merge(
         with output_dir(out, overwrite=overwrite) as directory:
             _run(config, scratch, seed)
             report = _finish(opened, scratch / "merged", directory, recipe, target)
-            report |= {"wall_s": round(time.monotonic() - started, 3), "scratch_bytes": need, "mergekit": version}
+            report |= {"wall_s": round(time.monotonic() - started, 3), "scratch_bytes": need, "mergekit": version,
+                       "check": check_model(directory, check)}
             _record(directory, opened, recipe, report)
     return report | {"out": str(out), "base": opened.reference}
 
