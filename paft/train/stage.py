@@ -149,11 +149,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
             best = optima.prepare(recipe, begun, out, partial(train, rows=rows, quiet=quiet, held=held), quiet=quiet)
         fit = fitted(recipe, base, _config_kind(recipe).max_length, quiet=quiet)
         trainer = _build(fit, rows, str(running.directory), held, best, quiet, seat)
-        note_packing(recipe, quiet=quiet)
-        note_dora(trainer, quiet=quiet)
-        note_boundary(trainer.processing_class, rows, quiet)
-        given = trainer_of(recipe).answers(recipe, rows) if isinstance(recipe, JointRecipe) else rows["train"]
-        count_dropped(trainer, given, quiet, rows.get("sft"))
+        _note(trainer, recipe, rows, quiet)
         _run(trainer, label or out.name, running, quiet, seat)
         metrics = final(trainer, evaluate=bool(evaluated(rows)))
         told = {**begun, "max_length": trainer.args.max_length, "metrics": metrics,
@@ -163,6 +159,15 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
             told = artefact.write(trainer, recipe, on, out, running, told, state=state, overwrite=overwrite)
         trainer.accelerator.wait_for_everyone()
         return told
+
+
+def _note(trainer: Any, recipe: AnyRecipe, rows: Rows, quiet: bool) -> None:
+    """Say what a trainer that is built makes of the recipe and the rows."""
+    note_packing(recipe, quiet=quiet)
+    note_dora(trainer, quiet=quiet)
+    note_boundary(trainer.processing_class, rows, quiet)
+    given = trainer_of(recipe).answers(recipe, rows) if isinstance(recipe, JointRecipe) else rows["train"]
+    count_dropped(trainer, given, quiet, rows.get("sft"))
 
 
 def _begun(recipe: AnyRecipe, rows: Rows) -> dict[str, Any]:
