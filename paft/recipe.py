@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from paft.complaint import explain
 from paft.errors import UsageError, did_you_mean
-from paft.sections import Coefficient, EarlyStopping, Fraction, Lora, Strict
+from paft.sections import Coefficient, EarlyStopping, Evaluation, Fraction, Lora, Strict
 from paft.yamlfile import Document, parse_scalar, read_yaml
 
 
@@ -108,6 +108,7 @@ class JointRecipe(PreferenceRecipe):
     a training that does as well as the log of another (`paft.train.front`). ``uft_loss`` is UFT's distance of σ(β·log π/π_ref)
     from the target: squared error (the paper's) or cross-entropy; its ``lam`` is the share of feedback rows among all, a pair
     counting as two. ``trainer`` takes DPOConfig fields, with UFT KTOConfig's; without ``disable_dropout: false`` no dropout acts.
+    ``sft_trainer`` takes the fields of SFTConfig that say what is made of SFT rows (`paft.train.joint.SFT_OPTIONS`).
     """
 
     kind: Literal["train-joint"] = "train-joint"
@@ -129,6 +130,7 @@ class JointRecipe(PreferenceRecipe):
     max_tokens: Annotated[int, Field(gt=0)] | None = None
     uft_loss: Literal["mse", "bce"] = "mse"
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
+    sft_trainer: dict[str, Any] = {}
 
 
 class MergeRecipe(Strict):
@@ -208,15 +210,6 @@ class Defaults(Strict):
     sft: SftRecipe = SftRecipe()
     dpo: DpoRecipe = DpoRecipe()
     joint: JointRecipe = JointRecipe()
-
-
-class Evaluation(Strict):
-    """What a run measures, and on which split."""
-
-    split: Literal["validation", "test"] = "test"
-    rows: Annotated[int, Field(gt=0)] | None = None
-    generate: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(gt=0)] = 64
 
 
 class RunRecipe(Strict):

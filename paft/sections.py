@@ -56,3 +56,12 @@ class EarlyStopping(Strict):
 
     patience: Annotated[int, Field(gt=0)] = 3
     threshold: Coefficient = 0.0
+
+
+class Evaluation(Strict):
+    """What a run measures, and on which split."""
+
+    split: Literal["validation", "test"] = "test"
+    rows: Annotated[int, Field(gt=0)] | None = None
+    generate: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(gt=0)] = 64

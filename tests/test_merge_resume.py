@@ -30,6 +30,7 @@ def strike(entry, place, merged):
         for _ in range(400):
             if record.is_file() and record.read_text().count("tallies") >= 2:
                 os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+                break  # a second one would interrupt what the first began
             time.sleep(0.05)
     return real(entry, place, merged)
 writer._write_one = strike

@@ -121,3 +121,20 @@ def test_sft_rows_that_fill_the_context_are_refused(tiny_base: Path, tmp_path: P
     recipe = JointRecipe(model=str(tiny_base), trainer={"max_length": 4, "max_steps": 1})
     with pytest.raises(MismatchError, match="max_length=4"):
         train(recipe, tmp_path / "a", rows=rows, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"packing": True}, {"packing": True, "packing_strategy": "wrapped"}, {"completion_only_loss": False}]
+)
+def test_what_is_made_of_sft_rows_is_what_its_own_trainer_makes(options: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
+    """To the bit, also where rows are packed, and not what is made without the option."""
+    shared = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_length": 32}
+    both, plain = (
+        joint_trainer(tiny_base, tmp_path, rows=16, method="alright", lam=0.0, trainer=shared, sft_trainer=each)
+        for each in (options, {})
+    )
+    other = sft_trainer(tiny_base, tmp_path, trainer={**shared, **options})
+    for trainer in (both, plain, other):
+        trainer.train()
+    assert identical(factors(both), factors(other))
+    assert not identical(factors(both), factors(plain))

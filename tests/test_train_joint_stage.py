@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "sequential, in its second phase": ("sequential", {"lam": 0.4}, 7),
     "sequential, where the second phase begins": ("sequential", {"lam": 0.5, "order": "sft-dpo"}, 6),
     "uft": ("uft", {"lam": 0.4, "l1": 1e-4}, 7),
+    "uft, tokens": ("uft", {"max_tokens": 500, "lam": 0.4, "trainer": {"max_steps": -1}}, 5),
     "tokens": ("alright", {"max_tokens": 400, "trainer": {"max_steps": -1}}, 5),
 }
 

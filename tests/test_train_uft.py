@@ -154,7 +154,7 @@ def test_conversations(tiny_base: Path, tmp_path: Path) -> None:
     ({"sft": [{"prompt": "cat " * 9, "completion": " dog"}], "pref": FEEDBACK}, {"trainer": {"max_length": 8}}, MismatchError,
      "no instruction row is left to train on: the prompt alone fills max_length=8"),
     ({**ROWS, "pref_eval": FEEDBACK[4:], "sft_eval": sft_rows(2)}, {}, UsageError, "held-out feedback is no pairs"),
-    (ROWS, {"max_tokens": 100}, UsageError, "max_tokens does not go with uft"),
+    (ROWS, {"max_tokens": 100, "trainer": {"max_steps": 3}}, UsageError, "one budget"),
     (ROWS, {"streaming": True}, UsageError, "streaming does not go with uft"),
     (ROWS, {"sft_batch_size": 2}, UsageError, "sft_batch_size does not go with uft"),
     (ROWS, {"loss": {"ipo": 1}}, UsageError, "uft is a loss itself"),

@@ -20,6 +20,7 @@ from paft.merge.resident import Resident, open_job
 from paft.models import device, load_model, load_tokenizer
 from paft.recipe import MergeRecipe
 from paft.search.space import Space, make_space
+from paft.train.work import turn_at
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def _finish(plan: Plan, out: Path, study_file: Path, study: Any, bench: _Bench, 
               "all": [{"trial": one.number, "recipe": one.user_attrs["recipe"], **one.user_attrs["scores"]} for one in trials]}
     inputs = bench.inputs
     hashes = [{"name": name, "content_sha256": d.content_hash} for name, d in zip(inputs.names, inputs.deltas, strict=True)]
-    with provenance.output_dir(out, overwrite=overwrite) as scratch:
+    turn = study_file.with_name(f".{study_file.name}.turn")  # the others of this study write the same
+    with turn_at(turn, quiet=True), provenance.output_dir(out, overwrite=overwrite) as scratch:
         write_recipes(scratch, rows, front)
         front_figure(scratch / "front.png", trials, rows, others)
         (scratch / "front.json").write_text(provenance.to_json(report), encoding="utf-8")

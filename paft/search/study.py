@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,8 +80,7 @@ def open_study(file: Path, sampler: BaseSampler, about: Mapping[str, Any], *, re
         raise MismatchError(f"{file} exists", hint="--resume continues or joins it; or name another --study FILE")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        study = optuna.create_study(storage=_storage(file), sampler=sampler, study_name=NAME, directions=list(DIRECTIONS),
-                                    load_if_exists=True)
+        study = _opened(file, sampler)
         known = study.user_attrs.get("about")
     except Exception as error:  # SQLAlchemy's, alembic's, json's: whatever another program's file causes
         raise MismatchError(f"{file} is no study of paft: {type(error).__name__}", hint="name another --study FILE") from error
@@ -91,6 +91,19 @@ def open_study(file: Path, sampler: BaseSampler, about: Mapping[str, Any], *, re
         other = ", ".join(key for key in told if known.get(key) != told[key])
         raise MismatchError(f"{file} is a study with another {other}", hint="name another --study FILE")
     return study
+
+
+def _opened(file: Path, sampler: Any) -> Any:
+    """The study; two processes that make its tables at once get in each other's way, and the later one tries again."""
+    for wait in (0.2, 0.5, 1.0, 2.0, None):
+        try:
+            return optuna.create_study(storage=_storage(file), sampler=sampler, study_name=NAME, directions=list(DIRECTIONS),
+                                       load_if_exists=True)
+        except Exception as error:
+            if wait is None or type(error).__name__ != "OperationalError":
+                raise
+            time.sleep(wait)
+    raise AssertionError
 
 
 def _storage(file: Path) -> Any:

@@ -29,6 +29,16 @@ Rate = Callable[[int], float]
 SLACK = 1.1  # the bound of a budget of tokens, above the mean
 
 
+def check(recipe: JointRecipe) -> None:
+    """UsageError for two budgets, and for what needs to know its number of steps under one of tokens."""
+    if recipe.max_tokens and recipe.trainer.get("max_steps", -1) > 0:
+        raise UsageError(f"max_tokens is {recipe.max_tokens}, and trainer.max_steps {recipe.trainer['max_steps']}: one budget",
+                         hint="--set trainer.max_steps=-1, or leave max_tokens out")
+    if recipe.max_tokens and 0 < recipe.l1_warmup < 1:
+        raise UsageError(f"l1_warmup is a share of the steps ({recipe.l1_warmup:g}), and a budget of tokens leaves them open",
+                         hint="say it in steps, for example --l1-warmup 50")
+
+
 def steps(recipe: JointRecipe, trainer: Any) -> int:
     """T of a trainer that has its data; UsageError where the rows would have to be counted and are streamed."""
     kind = SCHEDULES[recipe.method](recipe, 1)
@@ -65,11 +75,15 @@ def _of_passes(args: Any, passes: Mapping[str, int], together: int) -> int:
     return math.ceil(args.num_train_epochs * sum(each) / together)
 
 
+def bound(tokens: int, cost: float) -> int:
+    """Steps that are enough to spend ``tokens``, where the cheapest take ``cost`` of them in the mean."""
+    return max(1, math.ceil(SLACK * tokens / cost))
+
+
 def _of_tokens(tokens: int, cost: Mapping[str, float], together: int, shares: Mapping[str, float] | None) -> int:
     if shares is not None:
         return max(1, round(tokens / sum(shares[name] * cost[name] for name in cost)))
-    cheapest = sum(cost.values()) if together > 1 else min(cost.values())
-    return max(1, math.ceil(SLACK * tokens / cheapest))
+    return bound(tokens, sum(cost.values()) if together > 1 else min(cost.values()))
 
 
 def scheduler(args: Any, optimizer: Any, phases: Sequence[int], clock: Callable[[int], float] | None = None) -> LambdaLR:

@@ -23,9 +23,11 @@ from paft.train.front import read
 from paft.train.gaps import Gaps
 from paft.train.heldout import EVALUATED, HeldOut
 from paft.train.optima import Optima
+from paft.train.options import check_options
 from paft.train.penalised import Penalised
 from paft.train.precompute import precompute
 from paft.train.schedules import OBJECTIVES, SCHEDULES, Schedule
+from paft.train.spending import Spending
 from paft.train.twosets import TwoSets
 
 if TYPE_CHECKING:
@@ -35,13 +37,12 @@ if TYPE_CHECKING:
 LETTERS = {"dpo": "D", "sft": "S"}
 
 
-class TwoObjectives(TwoSets):
+class TwoObjectives(Spending, TwoSets):
     """L = Σ_objective weight·loss, the weights by ``schedule``."""
 
     schedule: Schedule
     gaps: Gaps
     weights: Mapping[str, float]
-    max_tokens: int | None
     epochs: float  # that the budget is; 1 where it is none of epochs
     taken = ""  # the objective of each step so far: D, S, or B for both
     told_of = 0  # of these, how many an evaluation has told of
@@ -49,7 +50,8 @@ class TwoObjectives(TwoSets):
 
     def follow(self, schedule: Schedule, gaps: Gaps, max_tokens: int | None = None) -> None:
         """Train by ``schedule``; call once before ``train``."""
-        self.schedule, self.gaps, self.max_tokens = schedule, gaps, max_tokens
+        self.schedule, self.gaps = schedule, gaps
+        self.spend(max_tokens, schedule.steps)
         self.epochs = 1.0 if max_tokens or self.args.max_steps > 0 else max(1.0, self.args.num_train_epochs)
         self.args.max_steps = schedule.steps
 
@@ -60,16 +62,10 @@ class TwoObjectives(TwoSets):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         phases = [length for length in self.schedule.phases if length]
-        if self.lr_scheduler is None and (len(phases) > 1 or self.max_tokens):
-            clock = self._share_spent if len(phases) == 1 else None
-            self.lr_scheduler = budget.scheduler(self.args, optimizer or self.optimizer, phases, clock)
+        if self.lr_scheduler is None and len(phases) > 1:
+            self.lr_scheduler = budget.scheduler(self.args, optimizer or self.optimizer, phases)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _share_spent(self, step: int) -> float:
-        """The time of the learning rate, in steps of T; that of T itself is the end, however many tokens are spent now."""
-        assert self.max_tokens
-        return self.schedule.steps * (min(1.0, self.tokens / self.max_tokens) if step < self.schedule.steps else 1.0)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         ticks, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -86,10 +82,9 @@ class TwoObjectives(TwoSets):
         self.loss_is_scaled_for_ga = all(self.summed(name, items) for name, items in self.items.items())
         self.losses: dict[str, list[float]] = {name: [] for name in drawn}
         self.taken += LETTERS[next(iter(drawn))] if len(drawn) == 1 else "B"
-        count = sum(batch["attention_mask"].sum() for batches in drawn.values() for batch in batches)
+        count = sum(_tokens(batch) for batches in drawn.values() for batch in batches)
         self.tokens += int(self.accelerator.reduce(count, "sum").item())  # type: ignore[union-attr]
-        if self.max_tokens and self.tokens >= self.max_tokens:
-            self.state.max_steps = step + 1  # for all who do something in the last step
+        self.close()
         return [{name: batches[i] for name, batches in drawn.items()} for i in range(len(ticks))], None
 
     @torch.no_grad()
@@ -147,22 +142,28 @@ class JointTrainer(HeldOut, Penalised, TwoObjectives):
     """L = Σ_objective weight·loss + penalty."""
 
 
+def _tokens(batch: Any) -> Any:
+    """Those that are no padding; packed rows have none."""
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device) if mask is None else mask.sum()
+
+
 def _tick(found: list[int]) -> dict[str, list[int]]:
     return {"tick": found}
 
 
 ROLE = "pref"
+SFT_OPTIONS = ("packing", "packing_strategy", "assistant_only_loss", "completion_only_loss", "pad_to_multiple_of")
 
 
 def check(recipe: JointRecipe) -> None:
     """UsageError for a loss that is none of pairs, two budgets, and a share of steps that are not known; loads no model."""
     losses.check_pairs(recipe)
-    if recipe.max_tokens and recipe.trainer.get("max_steps", -1) > 0:
-        raise UsageError(f"max_tokens is {recipe.max_tokens}, and trainer.max_steps {recipe.trainer['max_steps']}: one budget",
-                         hint="--set trainer.max_steps=-1, or leave max_tokens out")
-    if recipe.max_tokens and 0 < recipe.l1_warmup < 1:
-        raise UsageError(f"l1_warmup is a share of the steps ({recipe.l1_warmup:g}), and a budget of tokens leaves them open",
-                         hint="say it in steps, for example --l1-warmup 50")
+    budget.check(recipe)
+    check_options(SFTConfig, recipe.sft_trainer)
+    if odd := next((key for key in recipe.sft_trainer if key not in SFT_OPTIONS), None):
+        raise UsageError(f"sft_trainer.{odd} has no effect: one trainer has both objectives",
+                         hint=f"set it in trainer; sft_trainer takes {', '.join(SFT_OPTIONS)}")
 
 
 def config(recipe: JointRecipe) -> type:
@@ -183,8 +184,9 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     held, optima = Held(rows.get("sft_eval") or [], rows.get("pref_eval") or [], []), optima or Optima()
     size = recipe.sft_batch_size or recipe.trainer.get("per_device_train_batch_size", 8)
     # Built before the trainer: constructing a config resets accelerate's shared state under a live trainer.
+    options: dict[str, Any] = {"per_device_train_batch_size": size, **recipe.sft_trainer}
     config = SFTConfig(output_dir=scratch, seed=recipe.seed, max_length=recipe.trainer.get("max_length", 1024),
-                       report_to="none", bf16=False, per_device_train_batch_size=size)
+                       report_to="none", bf16=False, **options)
     trainer = preference.construct(recipe, model, tokenizer, rows["pref"], held.pref, scratch, reference, kind=JointTrainer,
                                    learning_rate=2e-5 if recipe.full else 5e-5, **(EVALUATED if held.pref else {}))
     trainer.eval_dataset = None  # `HeldOut` has the rows of both objectives

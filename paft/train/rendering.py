@@ -42,14 +42,14 @@ def render(tokenizer: Any, rows: list[Row], recipe: TrainRecipe) -> list[list[Se
 
     from paft.data import dataset
 
-    options, pairs = recipe.trainer, "chosen" in rows[0]
+    options, pairs = recipe.trainer | getattr(recipe, "sft_trainer", {}), "chosen" in rows[0]
     args: Any = SimpleNamespace(dataset_num_proc=None, dataset_text_field="text", max_length=None, shuffle_dataset=False,
                                 assistant_only_loss=bool(options.get("assistant_only_loss")) and form(rows[0]) == "messages")
     owner: Any = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss="prompt" in rows[0])
     if options.get("completion_only_loss") is not None:
         owner.completion_only_loss = options["completion_only_loss"]
     if args.assistant_only_loss:
-        owner.chat_template = _training_template(tokenizer)
+        owner.chat_template = training_template(tokenizer)
     plain: Any = dataset(list(rows))
     with template_errors():
         if pairs:
@@ -67,7 +67,8 @@ def _limit(options: dict[str, Any]) -> int | None:
     return None if splits else options.get("max_length", MAX_LENGTH)
 
 
-def _training_template(tokenizer: Any) -> str | None:
+def training_template(tokenizer: Any) -> str | None:
+    """TRL's template that marks what the assistant says, where the tokenizer's own does not: for ``assistant_only_loss``."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     return None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)

@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from paft.data import Row, dataset
 from paft.errors import MismatchError, UsageError
 from paft.train.batches import Batches
+from paft.train.rendering import training_template
 
 PAIR = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
@@ -28,14 +29,19 @@ class TwoSets(DPOTrainer):
 
     def attach(self, rows: list[Row], config: SFTConfig) -> None:
         """Give the trainer its SFT rows; MismatchError where no row of them fits ``max_length``."""
-        self.chat_template = None
-        self.completion_only_loss = "completion" in rows[0]
         processing: Any = self.processing_class
-        prepared: Any = SFTTrainer._prepare_dataset(self, dataset(rows), processing, config, False, None, "sft")  # type: ignore[arg-type]
+        self.chat_template = training_template(processing) if config.assistant_only_loss else None
+        asked = config.completion_only_loss
+        self.completion_only_loss = "completion" in rows[0] if asked is None else asked
+        given: Any = dataset(rows)
+        prepared: Any = SFTTrainer._prepare_dataset(self, given, processing, config, config.packing, None, "sft")  # type: ignore[arg-type]
         if hasattr(prepared, "__len__") and not len(prepared):
             raise MismatchError(f"no SFT row has an answer within max_length={config.max_length}",
                                 hint="raise trainer.max_length")
-        collator = DataCollatorForLanguageModeling(pad_token_id=int(self._tokenizer.pad_token_id))  # type: ignore[arg-type]
+        collator = DataCollatorForLanguageModeling(
+            pad_token_id=int(self._tokenizer.pad_token_id),  # type: ignore[arg-type]
+            padding_free=config.packing and config.packing_strategy != "wrapped",
+            pad_to_multiple_of=config.pad_to_multiple_of)  # type: ignore[arg-type]
         self.sft_rows, self.sft_size = prepared, config.per_device_train_batch_size
         self.batches = {"dpo": Batches(super().get_train_dataloader()),
                         "sft": Batches(self._loader(prepared, collator, config.per_device_train_batch_size))}
@@ -51,7 +57,7 @@ class TwoSets(DPOTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns  # type: ignore[assignment]
-        self._signature_columns = [*known, *(name for name in ("input_ids", "labels") if name not in known)]
+        self._signature_columns = [*known, *(name for name in ("input_ids", "labels", "seq_lengths") if name not in known)]
 
     def loss_of(self, name: str, model: Any, batch: Any, items: Any) -> Any:
         """The loss of one micro-batch. Of SFT it is the part of a sum where ``items``, the step's answer tokens, are known."""

@@ -33,6 +33,7 @@ from paft.train.front import read
 from paft.train.heldout import EVALUATED, HeldOut, check_pairs
 from paft.train.mixture import Mixture
 from paft.train.precompute import precompute
+from paft.train.spending import Spending
 
 if TYPE_CHECKING:
     from paft.recipe import JointRecipe
@@ -60,7 +61,7 @@ class WithKind(DataCollatorForUnpairedPreference):
         return {**super().torch_call(examples), "feedback": torch.tensor([each["feedback"] for each in examples])}
 
 
-class Unified(PenalisedKTOTrainer):
+class Unified(Spending, PenalisedKTOTrainer):
     """L = mean over rows of (σ(z) − r)², or their cross-entropy, + penalty: see the module.
 
     Logged, as means over the rows of a record: the losses of either kind, ``uft_sft`` and ``uft_feedback``, and z in
@@ -111,6 +112,24 @@ class Unified(PenalisedKTOTrainer):
                 metrics["rewards/chosen" if target > 0.5 else "rewards/rejected"].append(reward)
             self._total_train_tokens += int(tokens) if train else 0
         metrics["num_tokens"] = [self._total_train_tokens]
+        if train and self.accelerator.gradient_state.sync_gradients:
+            self.close()
+
+    @property
+    def tokens(self) -> int:
+        return self._total_train_tokens
+
+    def tokens_a_step(self) -> float:
+        """Mean tokens of an optimiser step, over all processes: λ of its rows are feedback."""
+        rows: Any = self.train_dataset
+        args, limit = self.args, self.args.max_length or 1 << 30
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        found: dict[bool, list[int]] = {True: [], False: []}
+        for row in rows.select_columns(["prompt_ids", "completion_ids", "feedback"]):
+            found[row["feedback"]].append(min(len(row["prompt_ids"]) + len(row["completion_ids"]), limit))
+        recipe: Any = self.recipe
+        shares = {True: recipe.lam, False: 1 - recipe.lam}
+        return size * sum(shares[kind] * sum(each) / len(each) for kind, each in found.items() if each)
 
     def told(self) -> dict[str, Any]:
         """What an evaluation tells beside the losses: tokens trained on, prompts included."""
@@ -136,12 +155,14 @@ def config(recipe: JointRecipe) -> type:
 
 def foreseen(recipe: JointRecipe, args: Any, rows: dict[str, list[Row]]) -> int:
     """Steps of the rows of either kind, each once an epoch; λ says in what shares."""
-    return budget.of_epochs(args, len(answers(recipe, rows)))
+    return 0 if recipe.max_tokens else budget.of_epochs(args, len(answers(recipe, rows)))
 
 
 def check(recipe: JointRecipe) -> None:
     """UsageError for settings that have no use in this loss, and for what it cannot do; loads no model."""
-    own = {"max_tokens": "set trainer.max_steps", "streaming": "its rows are drawn by lam and seed, so they have to be counted",
+    budget.check(recipe)
+    own = {"streaming": "its rows are drawn by lam and seed, so they have to be counted",
+           "sft_trainer": "its options have no place in TRL's KTOTrainer",
            "sft_batch_size": "a batch holds both kinds: set trainer.per_device_train_batch_size"}
     for key, hint in own.items():
         if getattr(recipe, key):
@@ -202,6 +223,9 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     if held.sft and held.pref:
         front = read(recipe.stop_front) if recipe.stop_front else None
         trainer.hold(held, lam=recipe.lam, beta=recipe.beta, optima=optima.held if optima else {}, front=front)
+    if recipe.max_tokens:
+        trainer.args.max_steps = budget.bound(recipe.max_tokens, trainer.tokens_a_step())
+        trainer.spend(recipe.max_tokens, trainer.args.max_steps)
     precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
     return trainer
 
