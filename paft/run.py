@@ -14,7 +14,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +224,15 @@ def _minutes(seconds: float) -> str:
 def _merge_all(job: Run) -> None:
     store = job.out / "merges.json"
     keys = json.loads(store.read_text()) if store.is_file() else {}
+    norm, density = cache(rescaled), cache(pruned)  # several merges take the same control
     with Progress("merge", len(job.recipe.merge), quiet=job.quiet) as show:
         for done, (name, entry) in enumerate(job.recipe.merge.items(), 1):
             sources = [job.adapter(source) for source in entry.of]
             if entry.norm_like:
-                sources[0] = rescaled(sources[0], job.adapter(entry.norm_like), job.out / "rescaled")
+                sources[0] = norm(sources[0], job.adapter(entry.norm_like), job.out / "rescaled")
             if entry.density_like:
                 like = job.adapter(entry.density_like)
-                sources[0] = pruned(job.adapter(entry.of[0]), like, job.out / "rescaled", base=job.recipe.model)
+                sources[0] = density(job.adapter(entry.of[0]), like, job.out / "rescaled", base=job.recipe.model)
             key = _key([entry.method, entry.parameters, entry.weights, job.recipe.merge_dtype, job.recipe.seed, job.base_hash],
                        *map(provenance.content_hash, sources))
             if not (keys.get(name) == key and job.merged(name).is_dir() and not provenance.verify(job.merged(name))):
@@ -249,22 +250,22 @@ def _evaluate_all(job: Run) -> dict[str, dict[str, float]]:
     recipe, said = job.recipe, job.recipe.evaluate
     held = Held(job.sft[said.split], job.pref[said.split], job.text).head(said.rows)
     store = job.out / "scores.json"
-    cache = json.loads(store.read_text()) if store.is_file() else {}
+    known = json.loads(store.read_text()) if store.is_file() else {}
     beta, pref = recipe.defaults.dpo.beta, recipe.data.pref
     source = (getattr(pref, said.split) or pref.train) if isinstance(pref, Splits) else pref
     context = [said.model_dump(), beta, job.base_hash, *map(data.content_hash, vars(held).values())]
     keys = {name: _key(context, provenance.content_hash(path)) for name, path in _candidates(job).items()}
-    if not cache.keys() >= set(keys.values()):
+    if not known.keys() >= set(keys.values()):
         base = load_model(recipe.model)
         tokenizer = load_tokenizer(recipe.model, chat=isinstance(held.sft[0].get("prompt"), list), template=recipe.chat_template)
         score = Evaluator(tokenizer, held, None, beta, said.batch_size, said.generate, judge_of(source)).against(base)
         with Progress("evaluate", len(keys), quiet=job.quiet) as show:
             for done, (name, key) in enumerate(keys.items(), 1):
-                if key not in cache:
-                    cache[key] = score(_load(job, name, base))
-                    store.write_text(json.dumps({key: cache[key] for key in keys.values() if key in cache}, indent=1))
+                if key not in known:
+                    known[key] = score(_load(job, name, base))
+                    store.write_text(json.dumps({key: known[key] for key in keys.values() if key in known}, indent=1))
                 show(done, name)
-    return {name: cache[key] for name, key in keys.items()}
+    return {name: known[key] for name, key in keys.items()}
 
 
 def _key(*content: Any) -> str:

@@ -25,7 +25,8 @@ from paft.data import Row
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held
 from paft.provenance import peak_memory_mb
-from paft.train.front import Point, reached
+from paft.recipe import JointRecipe
+from paft.train.front import reached, read
 
 EPSILON = 1e-4  # the authors'
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}  # where nothing else is said
@@ -48,16 +49,22 @@ class HeldOut:
     lam: float
     before = evaluating = 0.0  # seconds of training in earlier processes, of evaluation in this one
 
-    def hold(self, held: Held, *, lam: float, beta: float, optima: Mapping[str, float], front: list[Point] | None = None) -> None:
-        """Measure on ``held``; ``optima`` = {"dpo": f*, "sft": f*}, or empty; at ``front``, or at the optima, training ends.
+    def hold(self, held: Held, recipe: JointRecipe, optima: Mapping[str, float]) -> None:
+        """Measure on ``held``, if it has rows of both objectives; ``optima`` = {"dpo": f*, "sft": f*}, or empty.
 
+        At the recipe's ``stop_front``, or with one at the optima, training ends.
         A second model that is the reference is asked at once, as it may leave the memory; an adapter at the first evaluation.
         """
-        self.optima, self.lam = optima, lam
+        self.eval_dataset = None  # `Trainer` wants one where it evaluates, and has no use for it here
+        if not (held.sft and held.pref):
+            return
+        self.optima, self.lam = optima, recipe.lam
+        front = read(recipe.stop_front) if recipe.stop_front else []
         ideal = [(optima["dpo"], optima["sft"])] if front and len(optima) == 2 else []
-        self.front = [*(front or []), *ideal]
+        self.front = [*front, *ideal]
         tokenizer = self.processing_class  # type: ignore[attr-defined]
-        self.scorer = Evaluator(tokenizer, held, None, beta, self.args.per_device_eval_batch_size, limit=self.args.max_length)
+        size, limit = self.args.per_device_eval_batch_size, self.args.max_length
+        self.scorer = Evaluator(tokenizer, held, None, recipe.beta, size, limit=limit)
         if self.ref_model is not None:  # type: ignore[attr-defined]
             self.scorer = self.scorer.against(self.ref_model)  # type: ignore[attr-defined]
 

@@ -19,7 +19,6 @@ from paft.data import Row
 from paft.errors import UsageError
 from paft.evaluate import Held
 from paft.train import budget, losses, preference
-from paft.train.front import read
 from paft.train.gaps import Gaps
 from paft.train.heldout import EVALUATED, HeldOut
 from paft.train.optima import Optima
@@ -174,8 +173,7 @@ def answers(recipe: JointRecipe, rows: dict[str, list[Row]]) -> list[Row]:
     return rows["pref"]
 
 
-def foreseen(recipe: JointRecipe, args: Any, rows: dict[str, list[Row]]) -> int:
-    return budget.foreseen(recipe, args, rows)
+foreseen = budget.foreseen
 
 
 def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[Row]], scratch: str,
@@ -189,10 +187,7 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
                        report_to="none", bf16=False, **options)
     trainer = preference.construct(recipe, model, tokenizer, rows["pref"], held.pref, scratch, reference, kind=JointTrainer,
                                    learning_rate=2e-5 if recipe.full else 5e-5, **(EVALUATED if held.pref else {}))
-    trainer.eval_dataset = None  # `HeldOut` has the rows of both objectives
-    if held.sft and held.pref:
-        front = read(recipe.stop_front) if recipe.stop_front else None
-        trainer.hold(held, lam=recipe.lam, beta=recipe.beta, optima=optima.held, front=front)
+    trainer.hold(held, recipe, optima.held)
     precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
     trainer.attach(rows["sft"], config)
     schedule = SCHEDULES[recipe.method](recipe, budget.steps(recipe, trainer))

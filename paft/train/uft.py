@@ -29,7 +29,6 @@ from paft.errors import MismatchError, UsageError
 from paft.evaluate import Held
 from paft.train import budget, losses, preference
 from paft.train.dpo import PenalisedKTOTrainer
-from paft.train.front import read
 from paft.train.heldout import EVALUATED, HeldOut, check_pairs
 from paft.train.mixture import Mixture
 from paft.train.precompute import precompute
@@ -133,7 +132,7 @@ class Unified(Spending, PenalisedKTOTrainer):
 
     def told(self) -> dict[str, Any]:
         """What an evaluation tells beside the losses: tokens trained on, prompts included."""
-        return {"tokens": self._total_train_tokens}
+        return {"tokens": self.tokens}
 
 
 class UFTTrainer(HeldOut, Unified):
@@ -217,12 +216,9 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     trainer = preference.construct(on_kto(recipe), model, tokenizer, given, losses.unpair(held.pref), scratch, reference,
                                    kind=UFTTrainer, learning_rate=3e-6 if recipe.full else 3e-5,
                                    **(EVALUATED if held.pref else {}))
-    trainer.eval_dataset = None  # `HeldOut` has the rows of both objectives
     trainer.data_collator = WithKind(**vars(trainer.data_collator))
     _need(recipe, trainer.train_dataset["feedback"], f"the prompt alone fills max_length={trainer.args.max_length}")
-    if held.sft and held.pref:
-        front = read(recipe.stop_front) if recipe.stop_front else None
-        trainer.hold(held, lam=recipe.lam, beta=recipe.beta, optima=optima.held if optima else {}, front=front)
+    trainer.hold(held, recipe, optima.held if optima else {})
     if recipe.max_tokens:
         trainer.args.max_steps = budget.bound(recipe.max_tokens, trainer.tokens_a_step())
         trainer.spend(recipe.max_tokens, trainer.args.max_steps)
