@@ -100,6 +100,10 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
         lines += [f"  seed {seed}: {sum(stage['done'] for stage in each['train'])} of {len(each['train'])} trainings kept, "
                   f"{options.duration(each['seconds'])} of training, {len(each['merge'])} merges"
                   for seed, each in plans.items()]
+        keys = {"trainings": "seconds", "merges": "merge_seconds", "evaluation": "evaluate_seconds"}
+        spent = {what: sum(each[key] for each in plans.values()) for what, key in keys.items()}
+        if any(spent.values()):
+            lines.append("in all " + ", ".join(f"{what} {options.duration(value)}" for what, value in spent.items() if value))
         lines.append(f"disk {options.size(sum(each['disk_bytes'] for each in plans.values()))}, "
                      f"memory {options.size(max(each['memory_bytes'] for each in plans.values()))}")
         options.show({str(seed): each for seed, each in plans.items()}, lines, as_json=given["as_json"])

@@ -16,6 +16,7 @@ from paft.cli import options
 from paft.errors import MismatchError, NotFoundError
 from paft.recipe import RunRecipe, load
 
+_LATER = {"merges": "merge_seconds", "evaluation": "evaluate_seconds"}
 _SHOWN = 20  # differences, one a line
 
 
@@ -99,6 +100,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         side = f", {min(left, plan['workers'])} side by side" if min(left, plan["workers"]) > 1 else ""
         lines.append(f"trainings: {options.duration(plan['seconds'])} on this machine{side}, "
                      f"{options.size(plan['memory_bytes'])} of memory")
+    if later := ", ".join(f"{what} {options.duration(plan[key])}" for what, key in _LATER.items() if plan[key]):
+        lines.append(f"then {later}")
     lines += options.hang([("merges:", f"{', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")])
     return lines
 
