@@ -128,7 +128,8 @@ def _study(found: Any, given: dict[str, Any]) -> None:
         study_page(found, rows, given["html"], data["findings"])
     _show(data, (tables if given["markdown"] else short_tables)(found, rows), data["findings"], given)
     if given["out"] and not (given["as_json"] or given["markdown"]):
-        click.echo(f"{given['out']}: compare.md, compare.json, compare.csv, compare.html, compare.png")
+        click.echo(f"{given['out']}: compare.md, compare.json, compare.csv, compare.html,\n  compare.png"
+                   + ", compare-ways.png" * bool(data["ways"]))
 
 
 def _trainings(groups: Sequence[Any], given: dict[str, Any]) -> None:

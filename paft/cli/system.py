@@ -72,11 +72,11 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
 def _print_report(report: dict[str, Any], out: Path) -> None:
     from rich.console import Console
 
-    from paft.report.headtohead import columns_of
+    from paft.report.headtohead import columns_of, task_columns
     from paft.report.render import print_table
 
     console = Console(highlight=False)
-    columns = columns_of(report["rows"])
+    columns = columns_of(report["rows"]) + task_columns(report["rows"])
     title = f"{report['name']}: {report['split']} split, seed {report['seed']}"
     print_table(console, report["rows"], columns, title, legend=True)
     click.echo("\n".join(["", *(textwrap.fill(line, 79, subsequent_indent="  ") for line in report["findings"]),

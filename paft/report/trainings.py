@@ -146,6 +146,13 @@ def cost(directory: Path) -> dict[str, float]:
     return {key: value for key, value in found.items() if key in COST}
 
 
+def way(directory: Path) -> dict[int, Point]:
+    """step -> (f_SFT, f_DPO) of each evaluation of both on the way of the training in a directory; the later of two of a step."""
+    log = directory / "log.jsonl"
+    found = filter(None, (_evaluation(each, {}) for each in (_records(log) if log.is_file() else [])))
+    return {int(each["step"]): (each["sft_loss"], each["dpo_loss"]) for each in found}
+
+
 def _cost(last: Record, records: Sequence[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the whole training cost; where the evaluations do not say, `paft.json` does: its seconds contain the evaluations."""
     memory = manifest.get("peak_device_memory_mb") or manifest.get("peak_memory_mb")
