@@ -33,6 +33,7 @@ from paft.runplan import check, stage_recipe, tasks_of
 from paft.tasks import Harness
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.stage import start_model, train
+from paft.train.work import place
 
 
 def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
@@ -114,9 +115,9 @@ def _train_all(job: Run) -> None:
 
 
 def _train_one(job: Run, name: str, seat: Seat | None = None) -> dict[str, Any]:
-    objective = job.recipe.train[name].objective
-    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=job.rows(objective), overwrite=True,
-                 resume=job.resume, quiet=job.quiet or job.workers > 1, label=name, seat=seat)
+    begun = place(job.adapter(name)).is_dir()
+    return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=job.rows(job.recipe.train[name].objective),
+                 overwrite=True, resume=job.resume and begun, quiet=job.quiet or job.workers > 1, label=name, seat=seat)
 
 
 def _train_seated(job: Run, name: str, base: Any, turn: Turn) -> dict[str, Any]:

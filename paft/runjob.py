@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from paft import data, provenance
-from paft.errors import UsageError
 from paft.models import resolve_base
 from paft.progress import say
 from paft.recipe import DpoRecipe, RunRecipe
@@ -55,10 +54,6 @@ class Run:
         self.sft, self.pref = data.splits(spec.sft, "sft", how=how), data.splits(spec.pref, "pref", how=how)
         if spec.text:
             self.text = data.load_rows(spec.text, "text", recipe.evaluate.split if spec.text.startswith("demo:") else None)
-        lacks = [kind for kind, rows in (("sft", self.sft), ("pref", self.pref)) if not rows["validation"]]
-        if recipe.evaluate.trajectory and lacks:
-            raise UsageError(f"evaluate.trajectory measures on the validation split, and that of data.{lacks[0]} is empty",
-                             hint="name one under data, or leave trajectory out")
         self.base_hash = provenance.content_hash(resolve_base(recipe.model))
 
     def rows(self, objective: str) -> Rows:

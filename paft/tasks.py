@@ -17,7 +17,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -87,8 +87,10 @@ class Harness:
 
     def work(self, tokenizer: Any) -> tuple[float, float]:
         """About how many tokens all tasks make a model read, and how many to write, of prompts as the first rows have them."""
-        with _silence():
-            found = [_work(one, tokenizer, self.limit) for _, loaded in self.tasks for one in loaded["tasks"].values()]
+        found = []
+        for task, loaded in self.tasks:
+            with _silence(), _blamed(task.name, "its first rows"):
+                found += [_work(one, tokenizer, self.limit) for one in loaded["tasks"].values()]
         return sum(read for read, _ in found), sum(written for _, written in found)
 
     def __call__(self, name: str, model: Any, tokenizer: Any, only: str | None = None) -> dict[str, Any]:
@@ -103,11 +105,9 @@ class Harness:
         with _silence():
             wrapped: Any = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
             for task, loaded in (each for each in self.tasks if only in (None, each[0].name)):
-                try:
+                with _blamed(task.name, name):
                     found = evaluate(wrapped, loaded, limit=self.limit, bootstrap_iters=1000, log_samples=False,
                                      apply_chat_template=self.chat, fewshot_as_multiturn=self.chat)
-                except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-                    raise MismatchError(f"task {task.name} on {name}: {_line(error)}") from error
                 row["tasks"][task.name] = told = _metrics(found, task.name)
                 chosen = _chosen(told, task.metric)
                 row[task.name], row[f"{task.name}_stderr"] = told[chosen], told.get(f"{chosen}_stderr")
@@ -219,6 +219,17 @@ def _chosen(told: Mapping[str, Any], metric: str | None) -> str:
 
 def _told(task: Named) -> str:
     return ", ".join(filter(None, [task.metric, None if task.shots is None else f"{task.shots} shots"])) or "as the task says"
+
+
+@contextlib.contextmanager
+def _blamed(task: str, name: str) -> Iterator[None]:
+    """MismatchError for what a task's templates and code raise on its rows."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, TemplateError) as error:
+        raise MismatchError(f"task {task} on {name}: {_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def ways_figure(rows: Sequence[Mapping[str, Any]], ways: Sequence[Way], title: s
         points = [places[row["id"]] for row in others if row["group"] == group]
         dots = axes.plot(*zip(*points, strict=True), color=_PALE, marker=MARKERS[index % len(MARKERS)], ms=6, ls="none",
                          zorder=2)[0]
-        entries.append((dots, f"{group}, the end"))
+        entries.append((dots, str(group)))
     names = {row["id"]: str(row["name"]) for row in rows}
     for index, way in enumerate(ways):
         color, marker = _MANY[index % len(_MANY)], MARKERS[index % len(MARKERS)]
