@@ -67,8 +67,9 @@ def _trajectory(job: Run) -> float:
     if not (count := job.recipe.evaluate.trajectory):
         return 0.0
     rows = job.rows("joint")
-    held = Held(rows["sft_eval"], rows["pref_eval"], [])
-    return forecast.answering(resolve_base(job.recipe.model), (count + 2) * _tokens(_tokenizer(job), held), 0, 0)
+    held, pairs, tokenizer = Held(rows["sft_eval"], rows["pref_eval"], []), Held([], rows["pref_eval"], []), _tokenizer(job)
+    read = (count + 1) * _tokens(tokenizer, held) + _tokens(tokenizer, pairs)
+    return forecast.answering(resolve_base(job.recipe.model), read, 0, 0)
 
 
 def _merging(job: Run, merges: Sequence[RunMerge]) -> float:
@@ -102,8 +103,8 @@ def _evaluating(job: Run, harness: Harness | None, there: Set[str]) -> float:
     read, written = harness.work(tokenizer) if harness and asks else (0.0, 0.0)
     prompts = sum("prompt" in row for row in [*held.sft, *held.pref]) * bool(said.generate)
     steps = measured * said.generate * math.ceil(prompts / (4 * said.batch_size)) + asks * written / said.batch_size
-    return forecast.answering(resolve_base(job.recipe.model),
-                              (measured + bool(measured)) * _tokens(tokenizer, held) + asks * read,
+    reference = _tokens(tokenizer, Held([], held.pref, [])) * bool(measured)
+    return forecast.answering(resolve_base(job.recipe.model), measured * _tokens(tokenizer, held) + reference + asks * read,
                               measured * prompts * said.generate + asks * written, steps)
 
 

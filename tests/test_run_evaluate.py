@@ -35,7 +35,6 @@ defaults:
   dpo: *shared
 train:
   sft: {{objective: sft}}
-  sft-l1: {{objective: sft, l1: 1e-3}}
   dpo: {{objective: dpo}}
 merge:
   ties: {{of: [sft, dpo], method: ties, parameters: {{density: 0.5}}}}
@@ -105,7 +104,7 @@ def test_scores_are_those_of_each_model_loaded_alone(asked: Asked) -> None:
             expected |= harness(name, alone, tokenizer)
         assert {key: found[name].get(key) for key in expected} == expected
         assert ("mine" in found[name]) is (name in ("base", "sft", "ties"))
-    assert len({row["sft_loss"] for row in found.values()}) == 5
+    assert len({row["sft_loss"] for row in found.values()}) == len(found) == 4
 
 
 def test_the_base_is_loaded_once(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +132,8 @@ def test_what_a_changed_task_file_touches(asked: Asked, monkeypatch: pytest.Monk
     monkeypatch.setattr(Harness, "__call__", refuse("a task"))
     assert asked("--resume", "-q", "--set", f"evaluate.tasks.path={asked.folder}/") == 0
     monkeypatch.setattr(Harness, "__call__", lambda self, *given: called.append((given[0], given[3])) or measure(self, *given))
-    flipped = [{**row, "gold": (row["gold"] + 1) % 3} for row in ROWS]
     try:
-        asked.task("mine", flipped)
+        asked.task("mine", ROWS[1:])
         assert asked("--resume", "-q") == 0
         assert called == [(name, "mine") for name in ("base", "sft", "ties")]
         assert asked.rows() != before and asked.stamps() == stamps
@@ -152,15 +150,18 @@ def test_what_a_changed_task_file_touches(asked: Asked, monkeypatch: pytest.Monk
 ])
 def test_what_cannot_be_asked_is_refused_before_any_training(asked: Asked, capsys: Capture, setting: str, code: int, said: str) -> None:
     new = asked.folder / "new"
-    for more in ([], ["--dry-run"]):
-        assert_one_error(capsys, asked("-o", str(new), "--set", setting, *more), code, said)
-    assert_one_error(capsys, invoke(["compare", str(asked.recipe), "--dry-run", "-o", str(new), "--set", setting]), code, said)
+    more, compare = ["-o", str(new), "--set", setting], ["compare", str(asked.recipe), "-q"]
+    assert_one_error(capsys, asked("--dry-run", *more), code, said)
+    if "mien" not in setting:  # to look through all tasks of the harness takes seconds
+        assert_one_error(capsys, asked("-q", *more), code, said)
+        assert_one_error(capsys, invoke([*compare, "--dry-run", *more]), code, said)
+        assert_one_error(capsys, invoke([*compare, *more]), code, said)
     assert not new.exists()
 
 
 def test_without_the_harness_it_is_refused_too(asked: Asked, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert_one_error(capsys, asked("-o", str(asked.folder / "new")), 5, "lm-evaluation-harness")
+    assert_one_error(capsys, asked("-q", "-o", str(asked.folder / "new")), 5, "lm-evaluation-harness")
     assert not (asked.folder / "new").exists()
 
 
