@@ -148,7 +148,8 @@ def test_what_a_changed_task_file_touches(asked: Asked, monkeypatch: pytest.Monk
     ("evaluate.tasks.path=nowhere", 4, "no directory nowhere"), ("evaluate.tasks.only=[stf]", 2, "there is no row 'stf'"),
     ("evaluate.tasks.names=[]", 2, "evaluate.tasks.names"), ("evaluate.tasks.limt=3", 2, "limt"),
 ])
-def test_what_cannot_be_asked_is_refused_before_any_training(asked: Asked, capsys: Capture, setting: str, code: int, said: str) -> None:
+def test_what_cannot_be_asked_is_refused_before_any_training(asked: Asked, capsys: Capture, setting: str, code: int,
+                                                             said: str) -> None:
     new = asked.folder / "new"
     more, compare = ["-o", str(new), "--set", setting], ["compare", str(asked.recipe), "-q"]
     assert_one_error(capsys, asked("--dry-run", *more), code, said)
