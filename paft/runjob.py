@@ -17,7 +17,7 @@ from paft.train.reference import named_hash
 from paft.train.work import PLACES
 
 Rows = dict[str, list[data.Row]]
-ON_THE_WAY = 64  # held-out rows of each kind that joint trainings are measured on as they go
+ON_THE_WAY = 128  # held-out rows of each kind that joint trainings are measured on as they go
 
 
 @dataclass

@@ -65,6 +65,18 @@ def test_the_way_of_a_training_is_the_mean_at_equal_steps(tmp_path: Path) -> Non
     assert [way.row for way in ways(study([run(tmp_path / "d", 0, LOSSES)]))] == list(SEQUENCES)
 
 
+def test_evaluations_on_the_way_are_no_cost_of_training(tmp_path: Path) -> None:
+    """Those of the trainings that estimated f* neither; their training is."""
+    place = run(tmp_path / "r", 0, LOSSES)
+    mix, before = place / "adapters" / "mix", study([place]).runs[0].costs["mix"]["seconds"]
+    manifest = json.loads((mix / "paft.json").read_text())
+    (mix / "paft.json").write_text(json.dumps({**manifest, "optima": {"path": "optima-1"}}))
+    for log in (mix, mix.parent / "optima-1" / "sft", mix.parent / "optima-1" / "dpo"):
+        log.mkdir(parents=True, exist_ok=True)
+        write_jsonl(log / "log.jsonl", [{"step": step, "evaluation_seconds": step / 2} for step in (0, 1, 2, 4)])
+    assert study([place]).runs[0].costs["mix"]["seconds"] == before - 3 * 2.0
+
+
 def test_the_figure_shows_every_way_the_front_and_the_ideal_point(tmp_path: Path) -> None:
     found = gone(tmp_path)
     rows = found.rows()
