@@ -257,7 +257,10 @@ def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     sparse = recipe.l1 or recipe.l1_target_sparsity
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
-    if recipe.full:
+    if isinstance(recipe, JointRecipe):  # is both already
+        held = "eval_sft_loss" in metrics
+        follow = f"paft compare {out} OTHER_TRAINING" if held else f"paft eval {out} --sft-data ... --pref-data ..."
+    elif recipe.full:
         follow = f"paft merge {out} OTHER --base {recipe.model} --method ties"
     best = f", the best kept: that of step {int(metrics['best_step'])}" if "best_step" in metrics else ""
     first = f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s{best}"

@@ -188,7 +188,9 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     trainer = preference.construct(recipe, model, tokenizer, rows["pref"], held.pref, scratch, reference, kind=JointTrainer,
                                    learning_rate=2e-5 if recipe.full else 5e-5, **(EVALUATED if held.pref else {}))
     trainer.hold(held, recipe, optima.held)
-    precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
+    kind = SCHEDULES[recipe.method](recipe, 1)
+    all_read = kind.compares or (kind.together > 1 and recipe.lam > 0)  # every step may read pairs
+    precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), share=1.0 if all_read else recipe.lam, quiet=quiet)
     trainer.attach(rows["sft"], config)
     schedule = SCHEDULES[recipe.method](recipe, budget.steps(recipe, trainer))
     trainer.follow(schedule, Gaps(optima.step, recipe.smoothing), recipe.max_tokens)
