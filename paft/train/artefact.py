@@ -46,7 +46,7 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
     ``state`` is that of `state_of`. Full fine-tuning leaves a model that plain transformers loads, and that `paft merge --base`
     takes as θ − θ_pre.
     """
-    with output_dir(out, overwrite=overwrite) as directory:
+    with output_dir(out, overwrite=overwrite, room=running.room) as directory:
         if recipe.full:
             save_model(trainer, resolve_base(str(recipe.model)), directory, state)
         else:
