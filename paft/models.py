@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft import hub
-from paft.data.template import choose_template
+from paft.data.template import LARGEST, check_template, choose_template
 from paft.errors import MismatchError, NotFoundError, ResourceError
+from paft.jsonfile import LIMIT
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+VOCABULARY = 256_000_000  # bytes; the largest in use has 35 MB
 
 
 def free_cores() -> int:
@@ -72,6 +76,15 @@ def resolve_base(name: str) -> Path:
     return path
 
 
+def check_sizes(path: Path) -> None:
+    """MismatchError for a file of a tokenizer or a configuration that is too large to be one: it is read whole."""
+    for file in path.iterdir():
+        most = {".jinja": LARGEST, ".json": LIMIT, ".txt": LIMIT, ".model": LIMIT}.get(file.suffix)
+        most = VOCABULARY if file.name in ("tokenizer.json", "vocab.json", "tokenizer.model") else most
+        if most is not None and file.is_file() and file.stat().st_size > most:
+            raise MismatchError(f"{file} is larger than {most / 1e6:.0f} MB", hint="no tokenizer or configuration is")
+
+
 def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a pad token; MismatchError without a chat template when ``chat`` data needs one.
 
@@ -80,6 +93,7 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
     from transformers import AutoTokenizer
 
     path = resolve_base(name)
+    check_sizes(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -92,6 +106,8 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
         tokenizer.pad_token = tokenizer.eos_token
     if template:
         choose_template(tokenizer, template)
+    elif chat:
+        check_template(tokenizer, name)
     if chat and not tokenizer.chat_template:
         raise MismatchError(f"{name} has no chat template, and the data is conversational",
                             hint="choose one, for example --chat-template zephyr, or use prompt / completion strings")

@@ -80,8 +80,9 @@ def output_dir(target: Path, *, overwrite: bool = False, resume: bool = False, r
     """Yield a scratch directory that becomes ``target`` when the block succeeds and vanishes when it does not.
 
     With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place. With
-    ``resume`` it holds what a killed process has left there, and an interrupt or a full disk leaves it for the next. ``room`` is
-    that of a `claim` on ``target`` which the caller holds. Raises MismatchError where ``target`` stands in the way or another process writes it, ResourceError where the disk is full.
+    ``resume`` it holds what a killed process has left there, and an interrupt or a full disk leaves it for the next. ``room``
+    is that of a `claim` on ``target`` which the caller holds. Raises MismatchError where ``target`` stands in the way or
+    another process writes it, ResourceError where the disk is full.
     """
     check_target(target, overwrite=overwrite)
     given, target = target, Path(os.path.realpath(target))  # where a link leads, and the scratch directory beside that

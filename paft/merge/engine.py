@@ -81,8 +81,7 @@ def merge(
     NotFoundError, ResourceError; the target is then as it was.
     """
     out = Path(out)
-    if not resume:
-        check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite or (resume and not dry_run))
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
@@ -92,10 +91,7 @@ def merge(
               threads or free_cores(), budget, rounding, device)
     job.check_parameters()
     opened.check_apart(out)
-    if dry_run:
-        check_target(out, overwrite=overwrite)
-        return estimate(job)
-    return _make(job, out, progress, overwrite=overwrite, check=check, resume=resume)
+    return estimate(job) if dry_run else _make(job, out, progress, overwrite=overwrite, check=check, resume=resume)
 
 
 def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None, resume: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from paft.data import Row
 from paft.data.load import form
 from paft.data.rows import Note, Stream, silent
+from paft.data.template import check_template
 from paft.errors import MismatchError, UsageError
 from paft.models import resolve_base
 from paft.recipe import TrainRecipe
@@ -111,6 +112,7 @@ def check_rendering(tokenizer: Any, rows: dict[str, list[Row]], recipe: TrainRec
         if not found:
             continue
         step = max(1, len(found) // SAMPLE)
+        check_template(tokenizer, str(recipe.chat_template or recipe.model), _conversations(found[::step][:SAMPLE]))
         rendered = render(tokenizer, found[::step][:SAMPLE], recipe)
         _check_ids(tokenizer, rendered, str(recipe.model))
         everything = len(rendered) == len(found) and not isinstance(found, Stream)
@@ -118,6 +120,13 @@ def check_rendering(tokenizer: Any, rows: dict[str, list[Row]], recipe: TrainRec
             if line not in said:
                 said.add(line)
                 note(line)
+
+
+def _conversations(rows: list[Row]) -> list[Any]:
+    """Every prompt with each of its answers, of rows that are messages."""
+    chats = [row for row in rows if isinstance(row.get("prompt"), list)]
+    return [row["prompt"] + row[answer] for row in chats for answer in ("completion", "chosen", "rejected")
+            if isinstance(row.get(answer), list)]
 
 
 def _check_ids(tokenizer: Any, rendered: list[list[Sequence]], model: str) -> None:
