@@ -18,7 +18,7 @@ from paft.errors import MismatchError, UsageError
 from paft.evaluate import Evaluator, Held, judge_of
 from paft.merge.job import Job
 from paft.merge.resident import Resident, open_job
-from paft.models import device, load_model, load_tokenizer, wrap
+from paft.models import check_load, device, load_model, load_tokenizer, resolve_base, wrap
 from paft.progress import Progress
 from paft.recipe import MergeRecipe
 
@@ -49,6 +49,8 @@ def score(names: Sequence[str], *, base: str | None, sft_data: str | None, pref_
         str(one.path) for job in jobs.values() for one in job.inputs.adapters])
     scorer = Evaluator(load_tokenizer(base or names[0], chat=chat, template=template), held, None, beta, batch_size, generate,
                        judge_of(pref_data))
+    for path in [None, *(resolve_base(name) for name in names if adapters[name] is None)]:  # the largest pair, before any work
+        check_load(*[each for each in (resolve_base(base) if base else None, path) if each])
     found: list[Row] = []
     with Progress("evaluate", len(names) + len(jobs) + bool(base), quiet=quiet) as show:
         model = load_model(base) if base else None

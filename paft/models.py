@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging as stdlib_logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from paft import hub
 from paft.data.template import LARGEST, check_template, choose_template
 from paft.errors import MismatchError, NotFoundError, ResourceError
-from paft.jsonfile import LIMIT
+from paft.jsonfile import LIMIT, read_header
+from paft.preflight import check_memory
+from paft.provenance import tensor_files
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -115,17 +118,36 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
     return tokenizer
 
 
+def check_load(*paths: Path, dtype: str = "float32", quantize: str | None = None) -> None:
+    """ResourceError where the weights of these models do not fit together into the memory of the default device.
+
+    A lower bound, from the headers of their files: activations come on top.
+    """
+    import torch
+
+    width = 0.5 if quantize else getattr(torch, dtype).itemsize
+    headers = [read_header(file)[0] for path in paths for file in tensor_files(path)]
+    shapes = [entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"]
+    said, needed = f"to load {' and '.join(path.name for path in paths)}", width * sum(map(math.prod, shapes))
+    if device() == "cpu":
+        check_memory(said, needed, "choose a smaller base or dtype: bfloat16, or end other programs")
+    elif (free := torch.cuda.mem_get_info()[0]) < needed:
+        raise ResourceError(f"{said} takes {needed / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free",
+                            hint="choose a smaller base, dtype: bfloat16 or quantize: 4bit; or CUDA_VISIBLE_DEVICES= for the CPU")
+
+
 def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quantize: str | None = None) -> PreTrainedModel:
     """The base in ``dtype`` on the default device; with ``on`` that adapter's ΔW is folded in, in float32.
 
     ``quantize="4bit"``: the linear layers as NF4, doubly quantised (QLoRA, arXiv 2305.14314), by bitsandbytes. Raises
-    NotFoundError / MismatchError for what is missing or does not fit, ResourceError without bitsandbytes.
+    NotFoundError / MismatchError for what is missing or does not fit, ResourceError without bitsandbytes or the memory.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = resolve_base(name)
+    check_load(path, dtype="float32" if on else dtype, quantize=quantize)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32" if on else dtype, use_safetensors=True,
                                                            output_loading_info=True, **_quantized(quantize))
