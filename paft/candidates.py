@@ -6,16 +6,15 @@ The base is in memory once: adapters are attached to it and taken off again, mer
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from paft import data, hub
 from paft.adapter import PATTERNS
 from paft.errors import MismatchError, UsageError
 from paft.evaluate import Evaluator, Held, judge_of
+from paft.jsonfile import read_json
 from paft.merge.job import Job
 from paft.merge.resident import Resident, open_job
 from paft.models import check_load, device, load_model, load_tokenizer, resolve_base, wrap
@@ -114,6 +113,6 @@ def _adapter_base(name: str) -> str | None:
     config = hub.resolve(name, kind="model or adapter", patterns=[*PATTERNS, *hub.MODEL_FILES]) / "adapter_config.json"
     if not config.is_file():
         return None
-    read = json.loads(Path(config).read_text())
+    read = read_json(config)
     revision = read.get("revision")
     return (read.get("base_model_name_or_path") or "") + (f"@{revision}" if revision else "")

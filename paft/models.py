@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from paft import hub
 from paft.data.template import LARGEST, check_template, choose_template
-from paft.errors import MismatchError, NotFoundError, ResourceError
-from paft.jsonfile import LIMIT, read_header
+from paft.errors import MismatchError, NotFoundError, ResourceError, is_out_of_memory
+from paft.jsonfile import LIMIT, read_header, read_json
 from paft.preflight import check_memory
 from paft.provenance import tensor_files
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LAYERS = 10_000  # at most, of a model without weights
+_AGAIN = "copy or download it again"
 VOCABULARY = 256_000_000  # bytes; the largest in use has 35 MB
 
 
@@ -79,6 +81,38 @@ def resolve_base(name: str) -> Path:
     return path
 
 
+def load_config(path: Path) -> Any:
+    """transformers' config of a model directory; MismatchError for one that it cannot read, or that its weights belie.
+
+    Code that comes with a model is never run.
+    """
+    from transformers import AutoConfig
+
+    read_json(path / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:  # validators and the classes of all architectures raise what they like
+        raise _odd_config(path, error) from error
+    held = sum(len(read_header(file)[0]) for file in tensor_files(path)) or LAYERS
+    if isinstance(layers, int) and layers > held:
+        raise MismatchError(f"the config of {path} says {layers} layers, and its files hold {held} tensors", hint=_AGAIN)
+    return config
+
+
+def _odd_config(path: Path, error: Exception) -> MismatchError:
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return MismatchError(f"{path} is of an architecture of its own, with code that paft does not run",
+                             hint="choose a model that transformers knows by itself")
+    return MismatchError(f"the config of {path} is none that transformers can use: {_said(error)}", hint=_AGAIN)
+
+
+def _said(error: Exception) -> str:
+    """The error's text on one line, with its type where that is half of it."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__} {text}".strip()
+
+
 def check_sizes(path: Path) -> None:
     """MismatchError for a file of a tokenizer or a configuration that is too large to be one: it is read whole."""
     for file in path.iterdir():
@@ -101,6 +135,8 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise NotFoundError(f"{name} has no tokenizer that transformers can load: {_first_line(error)}") from error
+    except Exception as error:  # of a file that is JSON, and none of a tokenizer's
+        raise MismatchError(f"the tokenizer of {name} is damaged: {_said(error)}", hint=_AGAIN) from error
     if tokenizer.eos_token_id is None:
         raise MismatchError(f"the tokenizer of {name} has no eos token: a model trained with it would never stop",
                             hint="set eos_token in its tokenizer_config.json")
@@ -147,6 +183,7 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quan
     from transformers import AutoModelForCausalLM
 
     path = resolve_base(name)
+    load_config(path)
     check_load(path, dtype="float32" if on else dtype, quantize=quantize)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32" if on else dtype, use_safetensors=True,
@@ -154,12 +191,16 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quan
     except (OSError, ValueError) as error:
         raise NotFoundError(f"cannot load {name}: {_first_line(error)}") from error
     except (SafetensorError, RuntimeError) as error:
-        raise MismatchError(f"cannot load {name}: {_first_line(error)}", hint="copy or download it again") from error
+        if is_out_of_memory(error):
+            raise
+        raise MismatchError(f"cannot load {name}: {_first_line(error)}", hint=_AGAIN) from error
+    except Exception as error:  # of an odd config: whatever the architecture's own code meets
+        raise MismatchError(f"cannot load {name}: {_said(error)}", hint=_AGAIN) from error
     model, info = loaded
     if info["missing_keys"]:
         # transformers would draw them at random and say so in a log that nobody reads.
         raise MismatchError(f"{name} lacks tensors that its config asks for: {', '.join(sorted(info['missing_keys'])[:3])}",
-                            hint="copy or download it again")
+                            hint=_AGAIN)
     if quantize:
         return model
     model = model.to(device())  # type: ignore[arg-type]
@@ -203,12 +244,16 @@ def _fold(model: Any, on: str) -> PreTrainedModel:
 
 
 def skeleton(path: Path) -> PreTrainedModel:
-    """The model of a directory's config without storage (meta device): for shapes and names."""
+    """The model of a directory's config without storage (meta device): for shapes and names; MismatchError for an odd config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _odd_config(path, error) from error
 
 
 def parameters(path: Path) -> int:

@@ -36,7 +36,7 @@ from paft.errors import UsageError
 @click.option("--batch-size", metavar="NUMBER", type=click.IntRange(1), help="Rows in one pass.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
               help="Of the base in memory.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search and of DARE's masks.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of the search and of DARE's masks.")
 @options.overwrite
 @options.common
 def search(given: tuple[str, ...], **said: Any) -> None:
