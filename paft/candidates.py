@@ -114,5 +114,7 @@ def _adapter_base(name: str) -> str | None:
     if not config.is_file():
         return None
     read = read_json(config)
-    revision = read.get("revision")
-    return (read.get("base_model_name_or_path") or "") + (f"@{revision}" if revision else "")
+    named, revision = read.get("base_model_name_or_path"), read.get("revision")
+    if not all(each is None or isinstance(each, str) for each in (named, revision)):
+        raise MismatchError(f"{config}: base_model_name_or_path and revision should be names")
+    return (named or "") + (f"@{revision}" if revision else "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft import hub
+from paft.attach import check_finite, wrap
 from paft.data.template import LARGEST, check_template, choose_template
 from paft.errors import MismatchError, NotFoundError, ResourceError, is_out_of_memory
 from paft.jsonfile import LIMIT, read_header, read_json
@@ -172,11 +173,13 @@ def check_load(*paths: Path, dtype: str = "float32", quantize: str | None = None
                             hint="choose a smaller base, dtype: bfloat16 or quantize: 4bit; or CUDA_VISIBLE_DEVICES= for the CPU")
 
 
-def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quantize: str | None = None) -> PreTrainedModel:
+def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quantize: str | None = None,
+               finite: bool = True) -> PreTrainedModel:
     """The base in ``dtype`` on the default device; with ``on`` that adapter's ΔW is folded in, in float32.
 
-    ``quantize="4bit"``: the linear layers as NF4, doubly quantised (QLoRA, arXiv 2305.14314), by bitsandbytes. Raises
-    NotFoundError / MismatchError for what is missing or does not fit, ResourceError without bitsandbytes or the memory.
+    Its weights are looked at for NaN (``finite``). ``quantize="4bit"``: the linear layers as NF4, doubly quantised (QLoRA,
+    arXiv 2305.14314), by bitsandbytes. Raises NotFoundError / MismatchError for what is missing or does not fit,
+    ResourceError without bitsandbytes or the memory.
     """
     import torch
     from safetensors import SafetensorError
@@ -201,6 +204,8 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quan
         # transformers would draw them at random and say so in a log that nobody reads.
         raise MismatchError(f"{name} lacks tensors that its config asks for: {', '.join(sorted(info['missing_keys'])[:3])}",
                             hint=_AGAIN)
+    if finite:
+        check_finite(model.named_parameters(), name)
     if quantize:
         return model
     model = model.to(device())  # type: ignore[arg-type]
@@ -259,22 +264,6 @@ def skeleton(path: Path) -> PreTrainedModel:
 def parameters(path: Path) -> int:
     """Number of parameters of the model in ``path``."""
     return sum(parameter.numel() for parameter in skeleton(path).parameters())
-
-
-def wrap(model: PreTrainedModel, adapter: str | Path) -> Any:
-    """``model`` with a trained adapter on it, frozen: plain `PeftModel.from_pretrained`."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    path = hub.resolve(str(adapter), kind="adapter")
-    if not (path / "adapter_config.json").is_file():
-        raise NotFoundError(f"{adapter} is no adapter: it has no adapter_config.json")
-    try:
-        with warnings.catch_warnings():  # PEFT leaves what the file lacks at its random start, with a warning
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(path))
-    except (SafetensorError, RuntimeError, ValueError, OSError, UserWarning) as error:
-        raise MismatchError(f"{adapter} does not fit this base: {_first_line(error)}") from error
 
 
 def linear_names(model: Module) -> list[str]:

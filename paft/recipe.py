@@ -89,7 +89,8 @@ class PreferenceRecipe(TrainRecipe):
     loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
     reference: str | None = None
     reference_sft: dict[str, Any] = {}
-    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
 
 
 class DpoRecipe(DataRecipe, PreferenceRecipe):
@@ -191,7 +192,7 @@ class RunTrain(Strict):
     l1_warmup: Coefficient | None = None
     l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient | None = None
-    beta: Annotated[float, Field(gt=0)] | None = None
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     loss: str | dict[str, Coefficient] | None = None
     reference: str | None = None
     method: str | None = None

@@ -69,6 +69,8 @@ def make_parent(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise MismatchError(f"{target.parent} is a file, or lies below one", hint="choose another -o DIR") from error
     except PermissionError as error:
         raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
     except OSError as error:

@@ -63,7 +63,7 @@ def test_too_small_a_disk_is_told_before_any_work(name: str, world: World, monke
 
 
 @pytest.mark.parametrize("name", WRITE)
-def test_what_is_asked_of_the_disk_is_no_more_than_what_is_written(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_is_asked_for_no_more_than_is_written(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     real = preflight.check_disk
     for module in ("outputs", "estimate"):

@@ -191,6 +191,8 @@ def _copy(entry: Entry, place: _Place) -> str:
         view = memoryview(buffer)[: min(_SPAN, entry.nbytes - begin)]
         _read_at(place.source, view, entry.offset + begin, entry)
         digest.update(view)
+        if entry.is_float and view and torch.frombuffer(view, dtype=FLOATS[entry.dtype]).isnan().any():
+            raise MismatchError(f"the base's {entry.name} holds NaN", hint="copy or download the base again")
         done = 0
         try:
             while done < len(view):
