@@ -69,4 +69,4 @@ def _run(work: Callable[[], object]) -> None:
 def _limit_memory() -> None:
     with suppress(OSError, ValueError):  # a system that cannot tell, or a limit that is lower already
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
