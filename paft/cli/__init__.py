@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from paft.errors import PaftError, one_line
+from paft.errors import PaftError, is_out_of_memory, one_line
 
 SMALLER = "use a smaller batch (--set trainer.per_device_train_batch_size=1)"
 EPILOG = "Start with `paft run demo`. Every command: `paft COMMAND --help`."
@@ -91,11 +91,9 @@ def invoke(arguments: list[str]) -> int:
         return _fail(message, hint, 128 + Stop.number, arguments)
     except BrokenPipeError:
         return 0
-    except MemoryError:
-        return _fail("out of memory", SMALLER, 5, arguments)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would cost a second
-            return _fail(f"out of memory: {error}", SMALLER, 5, arguments)
+        if is_out_of_memory(error):
+            return _fail(f"out of memory: {error}".rstrip(": "), SMALLER, 5, arguments)
         if isinstance(error, OSError) and error.strerror is not None:  # a failed read or write of an open file has no name
             missing = isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError)
             code = 4 if missing else 3 if isinstance(error, FileExistsError) else 5

@@ -17,7 +17,7 @@ from paft.errors import MismatchError, ResourceError, UsageError
 from paft.evaluate import Evaluator, Held
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.resident import Resident, open_job
-from paft.models import device, load_model, load_tokenizer
+from paft.models import check_load, device, load_model, load_tokenizer
 from paft.recipe import MergeRecipe
 from paft.search.space import Space, make_space
 from paft.train.work import turn_at
@@ -69,6 +69,7 @@ def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Seq
     space = make_space(inputs, plan.adapters, base, chosen=methods, ranges=ranges, groups=groups, seed=seed)
     from paft.search.study import Seeded, complete, open_study, run_trials
 
+    check_load(inputs.base.path, dtype=plan.dtype)
     study = open_study(study_file, Seeded(seed, space.anchors()), _about(plan, inputs, space), resume=resume)
     bench = _bench(plan, inputs)
 

@@ -132,7 +132,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     rows = load(recipe, quiet) if rows is None else rows
     check_evaluation(recipe, rows)
     base = resolve_base(require(recipe.model, "--model"))
-    check_room(recipe, base, out)
+    check_room(recipe, base, out, _adapter_parameters(recipe, base))
     begun = _begun(recipe, rows)
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)
