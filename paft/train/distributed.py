@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from paft.errors import MismatchError
 from paft.models import device, sharded
+
+T = TypeVar("T")
 
 
 def join(options: dict[str, Any]) -> None:
@@ -21,6 +24,17 @@ def join(options: dict[str, Any]) -> None:
 
         cpu = options.get("use_cpu", device() == "cpu")
         PartialState(cpu=cpu, backend=options.get("ddp_backend"), timeout=timedelta(seconds=options.get("ddp_timeout", 1800)))
+
+
+def said_by_the_first(find: Callable[[], T]) -> T:
+    """``find()`` of the first process, in all of them: hashes of a large base are not to be computed by each."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return find()
+    found = [find() if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(found)
+    return found[0]  # type: ignore[return-value]
 
 
 def shard_on_cpu(args: Any) -> None:

@@ -33,7 +33,7 @@ from paft.train.checks import (
     note_packing,
 )
 from paft.train.dense import Start
-from paft.train.distributed import join
+from paft.train.distributed import join, said_by_the_first
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.interleave import Seat, TakeTurns, twin
 from paft.train.l1 import lora_factors, nonlinear_layers
@@ -134,12 +134,12 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     check_evaluation(recipe, rows)
     base = resolve_base(require(recipe.model, "--model"))
     check_room(recipe, base, out)
-    begun = _begun(recipe, rows)
+    join(recipe.trainer)
+    begun = said_by_the_first(lambda: _begun(recipe, rows))
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)
         return manifest
     check_target(out, overwrite=overwrite)
-    join(recipe.trainer)
     with (work.work_dir(out, begun, resume=resume, overwrite=overwrite, quiet=quiet) as running,
           tempfile.TemporaryDirectory() as scratch):
         best, again = Optima(), partial(train, resume=resume, quiet=quiet)
