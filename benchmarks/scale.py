@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--write docs/scale.md]
 
 Measured rates come from benchmarks/merge.json and report.json (an 8B checkpoint, two adapters of rank 16 on all linear layers,
-2 cores): seconds of a core for each adapted weight. What this machine cannot measure is assumed, and named in `ASSUMED`. --write puts
-the tables between the markers of a page; a test keeps the page and this script together.
+2 cores): seconds of a core for each adapted weight. What this machine cannot measure is assumed, and named in `ASSUMED`. --write
+puts the tables between the markers of a page; a test keeps the page and this script together.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ def merging(model: Model, rate: dict[str, float]) -> list[str]:
     cores, entries = A["cores"], model.adapted
     compute, disk = rate["merge"] * entries / cores, 2 * model.bytes / A["disk"]
     spread, wire = rate["merge"] * entries / 32, 2 * model.bytes / (4 * A["share"])
-    return [model.name, giga(model.bytes), giga(2 * 4 * model.factors), clock(rate["merge"] * entries / 2), clock(max(compute, disk)),
-            "disk" if disk > compute else "cores", clock(max(spread, wire)), "network" if wire > spread else "cores"]
+    return [model.name, giga(model.bytes), giga(2 * 4 * model.factors), clock(rate["merge"] * entries / 2),
+            clock(max(compute, disk)), "disk" if disk > compute else "cores",
+            clock(max(spread, wire)), "network" if wire > spread else "cores"]
 
 
 def measuring(model: Model, rate: dict[str, float]) -> list[str]:
@@ -123,9 +124,9 @@ def tables() -> str:
     """All of them, in markdown."""
     rate: dict[str, Any] = measured()
     train = "| model | GPUs | GB a GPU | GB of RAM to load | GB a checkpoint | GB gathered a pass | computing | gathering |"
-    lines = [f"Measured: {rate['merge'] * 1e9:.1f} core-ns for each adapted weight in a merge (TIES, {rate['rss'] / 1e9:.2f} GB of memory "
-             f"at 8B), {rate['sparsity-report'] * 1e9:.1f} in a sparsity report, {rate['interference'] * 1e9:.1f} in an interference report.",
-             "", "Assumed:", *(f"* {value:.2g} {what}" for value, what in ASSUMED.values()), "",
+    nano = {name: f"{1e9 * value:.1f}" for name, value in rate.items()}
+    lines = [f"Measured, in core-nanoseconds for each adapted weight: a merge by TIES {nano['merge']} (and {rate['rss'] / 1e9:.2f} GB of",
+             f"memory at 8B), a sparsity report {nano['sparsity-report']}, an interference report {nano['interference']}.", "", "Assumed:", *(f"* {value:.2g} {what}" for value, what in ASSUMED.values()), "",
              f"SFT of one adapter, rank {RANK} on all linear layers, {TOKENS / 1e6:.0f} M tokens, {MICRO} a GPU and pass:", "",
              *table(train, [training(model, False) for model in MODELS]), "",
              "DPO, the same number of tokens; the base, adapter off, is the reference:", "",

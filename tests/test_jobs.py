@@ -1,4 +1,4 @@
-"""The pages on clusters and scale: job files run or parse, their command lines are paft's, the tables are what the script prints."""
+"""The pages on clusters and scale: job files run or parse, their command lines are paft's, the tables the script's."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ def test_one_output_whatever_the_number_of_processes(tiny_base: Path, tmp_path: 
     assert distance(saved(tmp_path / "one"), saved(tmp_path / "two")) < 1e-6
     again = paft(*two, "--devices", "2")
     assert again.returncode == 3 and not again.stdout
-    assert again.stderr.splitlines() == [f"error: {tmp_path / 'two'} is not empty", "  try: choose another -o DIR, or pass --overwrite"]
+    said = [f"error: {tmp_path / 'two'} is not empty", "  try: choose another -o DIR, or pass --overwrite"]
+    assert again.stderr.splitlines() == said
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2}
 SAVING = {**ADAM, "save_strategy": "steps", "save_steps": 2, "eval_on_start": True}
 ROWS = {"train": sft_rows(12, answer=None), "eval": sft_rows(4, seed=9)}
 PAIRS = {"train": pref_rows(16), "eval": pref_rows(4, seed=9)}
-BOTH = {"sft": ROWS["train"], "pref": PAIRS["train"], "sft_eval": sft_rows(5, seed=8, answer=None), "pref_eval": pref_rows(5, seed=9)}
+BOTH = {"sft": ROWS["train"], "pref": PAIRS["train"], "sft_eval": sft_rows(5, seed=8, answer=None),
+        "pref_eval": pref_rows(5, seed=9)}
 MAXRIGHT = {"method": "maxright", "sft_opt": 4.0, "dpo_opt": 0.55, "max_eval_steps": 2}
 CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "subgradient": (SftRecipe, ROWS, {"l1": 1e-3}),

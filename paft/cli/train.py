@@ -57,8 +57,8 @@ LAST = options.stack(
     click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
     options.dry_run, options.overwrite,
     click.option("--resume", is_flag=True, help="Finish what a killed process began; the result is the same."),
-    click.option("--devices", metavar="N", type=click.IntRange(1), help="Train on N GPUs of this machine; without GPUs, N processes."),
-    click.option("--fsdp", is_flag=True, help="With --devices: shard the model over them (FSDP2), instead of a copy on each."),
+    click.option("--devices", metavar="N", type=click.IntRange(1), help="Train on N GPUs of this machine, or N CPU processes."),
+    click.option("--fsdp", is_flag=True, help="With --devices: shard the model over them (FSDP2); else a copy on each."),
     options.common,
 )
 

@@ -87,9 +87,9 @@ def _check(devices: int) -> None:
     from paft.models import free_cores
 
     count = torch.cuda.device_count()
-    if devices > (count or free_cores()):
-        has = f"{count} GPU{'s' * (count > 1)}" if count else f"no GPU, and {free_cores()} CPU cores"
-        raise ResourceError(f"--devices {devices}: this machine has {has}", hint=f"pass --devices {count or free_cores()} or less")
+    if devices > (most := count or free_cores()):
+        has = f"{count} GPU{'s' * (count > 1)}" if count else f"no GPU, and {most} CPU cores"
+        raise ResourceError(f"--devices {devices}: this machine has {has}", hint=f"pass --devices {most} or less")
 
 
 def _told(rank: int, code: int, logs: Path) -> int:
@@ -105,7 +105,7 @@ def _told(rank: int, code: int, logs: Path) -> int:
 
 
 def follow() -> None:
-    """In a process: end with the launcher, even with one that is killed; an orphan would hold the lock that ``--resume`` needs."""
+    """In a process: end with the launcher, even if that is killed; an orphan would hold the lock that ``--resume`` needs."""
     parent = os.environ.get(PARENT)
     if parent:
         threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()

@@ -135,7 +135,7 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     base = resolve_base(require(recipe.model, "--model"))
     check_room(recipe, base, out)
     join(recipe.trainer)
-    begun = said_by_the_first(lambda: _begun(recipe, rows))
+    begun = said_by_the_first(partial(_begun, recipe, rows))
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)
         return manifest
