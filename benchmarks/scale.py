@@ -125,8 +125,10 @@ def tables() -> str:
     rate: dict[str, Any] = measured()
     train = "| model | GPUs | GB a GPU | GB of RAM to load | GB a checkpoint | GB gathered a pass | computing | gathering |"
     nano = {name: f"{1e9 * value:.1f}" for name, value in rate.items()}
-    lines = [f"Measured, in core-nanoseconds for each adapted weight: a merge by TIES {nano['merge']} (and {rate['rss'] / 1e9:.2f} GB of",
-             f"memory at 8B), a sparsity report {nano['sparsity-report']}, an interference report {nano['interference']}.", "", "Assumed:", *(f"* {value:.2g} {what}" for value, what in ASSUMED.values()), "",
+    lines = ["Measured, in core-nanoseconds for each adapted weight: a merge by TIES",
+             f"{nano['merge']} (and {rate['rss'] / 1e9:.2f} GB of memory at 8B), a sparsity report {nano['sparsity-report']},",
+             f"an interference report {nano['interference']}.", "",
+             "Assumed:", *(f"* {value:.2g} {what}" for value, what in ASSUMED.values()), "",
              f"SFT of one adapter, rank {RANK} on all linear layers, {TOKENS / 1e6:.0f} M tokens, {MICRO} a GPU and pass:", "",
              *table(train, [training(model, False) for model in MODELS]), "",
              "DPO, the same number of tokens; the base, adapter off, is the reference:", "",
