@@ -153,8 +153,8 @@ def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, b
     """(summed log-probability, number of tokens) of each answer, float64 on the CPU, in the order given.
 
     Rows are cut at ``limit`` or the model's ``max_position_embeddings``; what is cut off counts nothing. Of n processes with
-    ``share`` = (i, n) each has its own batches, and zeros elsewhere: the sum of all is what one would find, bit for bit. They call
-    the model equally often (the last batch again), as a model that is sharded over them needs.
+    ``share`` = (i, n) each has its own batches, and zeros elsewhere: the sum of all is what one would find, bit for bit. They
+    call the model equally often (the last batch again), as a model that is sharded over them needs.
     """
     total, count = torch.zeros(len(coded), dtype=torch.float64), torch.zeros(len(coded), dtype=torch.float64)
     limit = min(limit or _positions(model), _positions(model))

@@ -20,6 +20,7 @@ from paft.errors import MismatchError, UsageError
 from paft.launch import environment
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe
 from paft.train.callbacks import Watch
+from paft.train.l1 import is_sharded
 from paft.train.stage import train
 
 LAYOUTS = ("ddp", "fsdp2")
@@ -76,6 +77,7 @@ def on_two(base: str, out: Path) -> None:
 
 
 def _interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    assert any(map(is_sharded, kwargs["model"].parameters())), "accelerate has passed FSDP over, and this is DDP"
     if state.global_step == 3:
         raise KeyboardInterrupt
 
