@@ -72,6 +72,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def sharded() -> bool:
+    """Was this process launched to hold a part of each tensor (FSDP)? As `accelerate launch` says it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def resolve_base(name: str) -> Path:
     """The directory of a base model; NotFoundError unless it holds a config."""
     path = hub.resolve(name, kind="model", patterns=hub.MODEL_FILES)
@@ -208,7 +213,7 @@ def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quan
         check_finite(model.named_parameters(), name)
     if quantize:
         return model
-    model = model.to(device())  # type: ignore[arg-type]
+    model = model.to("cpu" if sharded() else device())  # type: ignore[arg-type]  # FSDP moves its share only
     return model if on is None else _fold(model, on).to(getattr(torch, dtype))
 
 

@@ -18,6 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from paft.data import Row
 from paft.errors import UsageError
 from paft.evaluate import Held
+from paft.models import device
 from paft.train import budget, losses, preference
 from paft.train.gaps import Gaps
 from paft.train.heldout import EVALUATED, HeldOut
@@ -184,7 +185,7 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     # Built before the trainer: constructing a config resets accelerate's shared state under a live trainer.
     options: dict[str, Any] = {"per_device_train_batch_size": size, **recipe.sft_trainer}
     config = SFTConfig(output_dir=scratch, seed=recipe.seed, max_length=recipe.trainer.get("max_length", 1024),
-                       report_to="none", bf16=False, **options)
+                       report_to="none", bf16=False, use_cpu=recipe.trainer.get("use_cpu", device() == "cpu"), **options)
     trainer = preference.construct(recipe, model, tokenizer, rows["pref"], held.pref, scratch, reference, kind=JointTrainer,
                                    learning_rate=2e-5 if recipe.full else 5e-5, **(EVALUATED if held.pref else {}))
     trainer.hold(held, recipe, optima.held)
