@@ -67,7 +67,9 @@ def read_yaml(file: Path) -> Document:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise NotFoundError(f"no recipe at {file}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is no recipe: byte {error.start} is not UTF-8", hint="name a YAML file") from None
+    except OSError as error:
         raise NotFoundError(f"cannot read {file}: {error}") from None
     if len(text) > _LIMIT:
         raise UsageError(f"{file} is no recipe: it has {len(text)} characters", hint="name a YAML file")

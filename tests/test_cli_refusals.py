@@ -54,6 +54,11 @@ def spoil_recipe(world: World) -> list[str]:
     return world.train("-c", str(world.folder / "mine.yaml"))
 
 
+def spoil_encoding(world: World) -> list[str]:
+    (world.folder / "mine.yaml").write_bytes(b"kind: train-sft\nname: caf\xe9\n")
+    return world.train("-c", str(world.folder / "mine.yaml"))
+
+
 def spoil_json(world: World) -> list[str]:
     world.chat.write_text('{"text": "a"}\n{"text": \n')
     return world.train()
@@ -68,7 +73,10 @@ def spoil_weights(world: World) -> list[str]:
 BAD: list[tuple[Callable[[World], list[str]], int, str]] = [
     (spoil_columns, 2, "['answer', 'question']"),
     (spoil_recipe, 2, "mine.yaml:2: unknown key 'l_1'"),
+    (spoil_encoding, 2, "mine.yaml is no recipe: byte 25 is not UTF-8"),
     (spoil_json, 2, "chat.jsonl:2: not JSON"),
+    (lambda w: ["merge", str(w.one), str(w.two), "-o", str(w.folder / ("x" * 300))], 2, "file name too long"),
+    (lambda w: ["train-sft", "-m", str(w.base), "-d", str(w.chat), "-o", str(w.folder / ("x" * 300))], 2, "file name too long"),
     (lambda w: w.train("--set", "l_1=1"), 2, "unknown key 'l_1'"),
     (lambda w: w.train("--set", "trainer.max_step=1"), 2, "trainer.max_step"),
     (lambda w: w.train("--l1", "-1"), 2, "--l1"),

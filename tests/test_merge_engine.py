@@ -72,11 +72,11 @@ def narrow_base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", methods.names())
-def test_bytes_do_not_depend_on_tiles(pair: list[Path], narrow_base: Path, tmp_path: Path, method: str) -> None:
+def test_bytes_do_not_depend_on_tiles_or_threads(pair: list[Path], narrow_base: Path, tmp_path: Path, method: str) -> None:
     outs = []
-    for elements in (1 << 18, 1, 100, 32 * 64):
+    for elements, threads in ((1 << 18, 1), (1, 3), (100, 2), (32 * 64, 8)):
         out = tmp_path / f"out-{elements}"
-        run(pair, out, method, base=str(narrow_base), tile_elements=elements)
+        run(pair, out, method, base=str(narrow_base), tile_elements=elements, threads=threads)
         outs.append({name: digest for name, digest in digests(out).items() if name != "paft.json"})
     assert all(each == outs[0] for each in outs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -97,8 +98,11 @@ def invoke(arguments: list[str]) -> int:
             return _fail(f"out of memory: {error}".rstrip(": "), SMALLER, 5, arguments)
         if isinstance(error, OSError) and error.strerror is not None:  # a failed read or write of an open file has no name
             missing = isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError)
-            code = 4 if missing else 3 if isinstance(error, FileExistsError) else 5
-            return _fail(f"{error.filename or 'reading or writing'}: {error.strerror.lower()}", None, code, arguments)
+            wrong = 2 if error.errno == errno.ENAMETOOLONG else 5
+            code = 4 if missing else 3 if isinstance(error, FileExistsError) else wrong
+            name = str(error.filename or "reading or writing")
+            name = name if len(name) < 300 else name[:100] + "..."
+            return _fail(f"{name}: {error.strerror.lower()}", None, code, arguments)
         if "LOCAL_RANK" in os.environ and "by peer" in str(error):  # gloo's; the other one says why
             return _fail("another process of this training has ended", None, 1, arguments)
         return _fail(f"{type(error).__name__}: {error}".split("\n")[0],
