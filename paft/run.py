@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,17 @@ from paft.adapter import read_adapter
 from paft.controls import pruned, rescaled
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held, judge_of
+from paft.executor import Ask, Executor
 from paft.merge.engine import merge
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
-from paft.parallel import gpus, run_graph
+from paft.parallel import gpus
 from paft.preflight import check_disk
 from paft.progress import Progress, say
 from paft.recipe import DpoRecipe, RunRecipe, Splits
 from paft.report.headtohead import write_report
 from paft.report.sparsity import sparsity
 from paft.runplan import check, stage_recipe
+from paft.sections import Resources
 from paft.train import losses
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.reference import named_hash
@@ -52,9 +55,10 @@ class Run:
     pref: Rows = field(default_factory=dict)
     text: list[data.Row] = field(default_factory=list)
     base_hash: str = ""
-    workers: int = 1
+    workers: int | None = 1
     share_base: bool = False
     resume: bool = False
+    executor: Executor = Executor()
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name
@@ -64,20 +68,23 @@ class Run:
 
 
 def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
-        workers: int | None = None, share_base: bool = False) -> dict[str, Any]:
+        workers: int | None = None, share_base: bool = False, executor: Executor = Executor()) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
     ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
     ``share_base``: in this process, what starts from the base takes turns over one copy of it, with the same results.
+    ``executor``: where stages run (`paft.executor`); on Ray as many as the cluster has room for, and ``out`` is on a shared disk.
     Raises UsageError for a recipe that names unknown stages, MismatchError for a target that is not empty.
     """
     if share_base and (workers or 1) > 1:
         raise UsageError("--share-base is one process, --workers several", hint="pass one of them")
+    if share_base and executor.spreads:
+        raise UsageError("--share-base is one process, --executor ray several", hint="pass one of them")
     check(recipe)
     if not resume:
         provenance.check_target(out, overwrite=overwrite, in_place=True)
-    workers = 1 if share_base else workers or _default_workers(recipe)
-    job = Run(recipe, out, quiet, workers=workers, resume=resume, share_base=share_base)
+    workers = 1 if share_base else workers or (None if executor.spreads else _default_workers(recipe))
+    job = Run(recipe, out, quiet, workers=workers, resume=resume or executor.spreads, share_base=share_base, executor=executor)
     started = time.monotonic()
     _read_data(job)
     check_disk(out, sum(_base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
@@ -99,8 +106,8 @@ def _execute(job: Run, started: float) -> dict[str, Any]:
     recipe, out = job.recipe, job.out
     out.mkdir(parents=True, exist_ok=True)
     _train_all(job)
-    _merge_all(job)
-    scores = _evaluate_all(job)
+    _placed(job, "merge", _merge_all)
+    scores = _placed(job, "evaluate", _evaluate_all)
     provenance.write_manifest(out, command="run", recipe=recipe.model_dump(), seed=recipe.seed,
                               base={"name": recipe.model, "content_sha256": job.base_hash},
                               inputs={"sft": data.content_hash(job.sft["train"]), "pref": data.content_hash(job.pref["train"])},
@@ -190,13 +197,37 @@ def _train_all(job: Run) -> None:
         for name, manifest in _train_together(job, [name for name, on in needs.items() if on is None]).items():
             del needs[name]
             done(name, manifest)
-    run_graph(needs, partial(_train_one, job), workers=min(job.workers, max(1, len(needs))), done=done)
+    asks = {name: _ask(job, job.recipe.train[name].resources) for name in needs}
+    job.executor.graph(needs, partial(_train_one, _there(job)), workers=job.workers and min(job.workers, max(1, len(needs))),
+                       done=done, room=job.out, asks=asks, quiet=job.quiet)
+
+
+def _ask(job: Run, said: Resources | None = None) -> Ask:
+    """What a stage asks for: by default enough for the base, and what its ``resources`` say."""
+    return replace(job.executor.ask(_base_size(job.recipe)), **(said.model_dump(exclude_none=True) if said else {}))
+
+
+def _there(job: Run) -> Run:
+    """The run as a stage elsewhere sees it: alone, with a log of its own to write to."""
+    return replace(job, quiet=False, workers=1, executor=Executor()) if job.executor.spreads else job
+
+
+def _placed(job: Run, name: str, stage: Callable[[Run], Any]) -> Any:
+    """A stage that needs all those before it, where the executor puts it."""
+    found: dict[str, Any] = {}
+    job.executor.graph({name: None}, partial(_call, stage, _there(job)), workers=1, done=found.__setitem__, room=job.out,
+                       asks={name: _ask(job)}, quiet=job.quiet)
+    return found[name]
+
+
+def _call(stage: Callable[[Run], Any], job: Run, name: str) -> Any:
+    return stage(job)
 
 
 def _train_one(job: Run, name: str, seat: Seat | None = None) -> dict[str, Any]:
     objective = job.recipe.train[name].objective
     return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=_rows(job, objective), overwrite=True,
-                 resume=job.resume, quiet=job.quiet or job.workers > 1, label=name, seat=seat)
+                 resume=job.resume, quiet=job.quiet or job.workers != 1, label=name, seat=seat)
 
 
 def _train_seated(job: Run, name: str, base: Any, turn: Turn) -> dict[str, Any]:

@@ -23,7 +23,7 @@ MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 50, 150
 
 # A module may import from its own place in the flow or an earlier one; rooms in one place are siblings.
 FLOW = """errors progress | jsonfile target preflight patterns | yamlfile hub provenance | verify doctor
-    | complaint sections recipe card | catalog demo | data models tokens parallel | checkpoint
+    | complaint sections recipe card | catalog demo | data models tokens parallel | executor | checkpoint
     | factors | peftfile | adapter | naming | variants | tying | placement | evaluate | train | delta | merge
     | report | answers candidates controls probe search tasks | runplan | run | compare | cli | __main__"""
 RANK = {room: rank for rank, rooms in enumerate(FLOW.split("|")) for room in rooms.split()}

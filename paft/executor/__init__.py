@@ -1,0 +1,77 @@
+"""Where independent jobs run: in processes of this machine (`paft.parallel`), or as tasks of a Ray cluster (`cluster`, `tasks`).
+
+    Executor("local").graph(needs, work, ...)      worker processes, each with its share of the cores and a GPU in turn
+    Executor("ray").graph(needs, work, ...)        Ray tasks, each with what it asks for, on any node that sees the directory
+
+Both call ``work(name)`` for every name after the one it needs, and tell ``done(name, result)`` here; a stage does not know where
+it runs. What it makes lies in a directory that all of them see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paft.parallel import Done, run_graph
+
+NAMES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a job needs of the node that it runs on; ``memory`` in bytes."""
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: float = 0
+
+
+@dataclass(frozen=True)
+class Executor:
+    """``local``, or ``ray`` with the ``address`` of a cluster; None is the one that runs here, or one for this command alone."""
+
+    name: str = "local"
+    address: str | None = None
+
+    @property
+    def spreads(self) -> bool:
+        """Do jobs run on other machines, where only shared directories are seen?"""
+        return self.name != "local"
+
+    def graph(self, needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int | None, done: Done, room: Path,
+              asks: Mapping[str, Ask] | None = None, quiet: bool = False) -> None:
+        """Run the jobs, at most ``workers`` at once; on Ray each with its ``asks``, and its log in ``room``/logs.
+
+        Raises what a job raises, and ResourceError as `run_graph`, `cluster.connect` and `cluster.check_shared`.
+        """
+        if not self.spreads:
+            run_graph(needs, work, workers=workers or 1, done=done)
+            return
+        from paft.executor.cluster import connect
+        from paft.executor.tasks import Logs, run_tasks
+
+        connect(self.address, quiet=quiet)
+        run_tasks(needs, work, workers=workers, done=done, asks=asks or {}, logs=Logs(room), quiet=quiet)
+
+    def ask(self, size: int, *, gpus: bool = True) -> Ask:
+        """What a job over a model of ``size`` bytes asks for, where its recipe does not say.
+
+        A GPU where the cluster has any. Else memory for the model in float32, and one core for a small model, which cannot use
+        two; a whole node for a larger one.
+        """
+        if not self.spreads:
+            return Ask()
+        from paft.executor.cluster import connect, smallest
+
+        connect(self.address)
+        node = smallest("GPU") if gpus else None
+        if node:
+            return Ask(cpus=min(1, node.get("CPU", 0)), gpus=1)
+        cores = (smallest("CPU") or {}).get("CPU", 1)
+        return Ask(cpus=min(1, cores) if size < SMALL else cores, memory=int(_IMPORTS + 2 * size))
+
+
+SMALL = 100e6  # bytes of a base up to which one core is enough for a training
+_IMPORTS = 4e8  # bytes that Python takes with torch and transformers
