@@ -24,7 +24,7 @@ from paft.adapter import read_adapter
 from paft.controls import pruned, rescaled
 from paft.errors import UsageError
 from paft.evaluate import Evaluator, Held, judge_of
-from paft.executor import Ask, Executor
+from paft.executor import LOCAL, Ask, Executor
 from paft.merge.engine import merge
 from paft.models import free_cores, load_model, load_tokenizer, resolve_base, wrap
 from paft.parallel import gpus
@@ -58,7 +58,7 @@ class Run:
     workers: int | None = 1
     share_base: bool = False
     resume: bool = False
-    executor: Executor = Executor()
+    executor: Executor = LOCAL
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name
@@ -68,7 +68,7 @@ class Run:
 
 
 def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
-        workers: int | None = None, share_base: bool = False, executor: Executor = Executor()) -> dict[str, Any]:
+        workers: int | None = None, share_base: bool = False, executor: Executor = LOCAL) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
     ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
@@ -199,7 +199,7 @@ def _train_all(job: Run) -> None:
             done(name, manifest)
     asks = {name: _ask(job, job.recipe.train[name].resources) for name in needs}
     job.executor.graph(needs, partial(_train_one, _there(job)), workers=job.workers and min(job.workers, max(1, len(needs))),
-                       done=done, room=job.out, asks=asks, quiet=job.quiet)
+                       done=done, room=job.out, asks=asks)
 
 
 def _ask(job: Run, said: Resources | None = None) -> Ask:
@@ -209,14 +209,14 @@ def _ask(job: Run, said: Resources | None = None) -> Ask:
 
 def _there(job: Run) -> Run:
     """The run as a stage elsewhere sees it: alone, with a log of its own to write to."""
-    return replace(job, quiet=False, workers=1, executor=Executor()) if job.executor.spreads else job
+    return replace(job, quiet=False, workers=1, executor=LOCAL) if job.executor.spreads else job
 
 
 def _placed(job: Run, name: str, stage: Callable[[Run], Any]) -> Any:
     """A stage that needs all those before it, where the executor puts it."""
     found: dict[str, Any] = {}
     job.executor.graph({name: None}, partial(_call, stage, _there(job)), workers=1, done=found.__setitem__, room=job.out,
-                       asks={name: _ask(job)}, quiet=job.quiet)
+                       asks={name: _ask(job)})
     return found[name]
 
 

@@ -62,7 +62,7 @@ def executor_of(given: dict[str, Any]) -> Any:
     name, address = given.pop("executor_name"), given.pop("address")
     if address and name == "local":
         raise UsageError("--address is of a Ray cluster", hint="add --executor ray")
-    return Executor(name, address)
+    return Executor(name, address, given.get("quiet", False))
 
 
 def show(result: Any, lines: Sequence[str], *, as_json: bool) -> None:

@@ -46,7 +46,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
     """
     resolved = load(RunRecipe, find(recipe), sets)
     target = out or Path("merges") / resolved.name
-    executor = options.executor_of(rest)
+    executor = options.executor_of({**rest, "quiet": quiet})
 
     from paft.models import quiet_libraries
 

@@ -34,6 +34,7 @@ class Executor:
 
     name: str = "local"
     address: str | None = None
+    quiet: bool = False
 
     @property
     def spreads(self) -> bool:
@@ -41,21 +42,28 @@ class Executor:
         return self.name != "local"
 
     def graph(self, needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int | None, done: Done, room: Path,
-              asks: Mapping[str, Ask] | None = None, quiet: bool = False) -> None:
+              asks: Mapping[str, Ask] | None = None, show: bool = True) -> None:
         """Run the jobs, at most ``workers`` at once; on Ray each with its ``asks``, and its log in ``room``/logs.
 
+        ``show`` draws progress of all and says where the logs are.
         Raises what a job raises, and ResourceError as `run_graph`, `cluster.connect` and `cluster.check_shared`.
         """
         if not self.spreads:
             run_graph(needs, work, workers=workers or 1, done=done)
             return
-        from paft.executor.cluster import connect
         from paft.executor.tasks import Logs, run_tasks
 
-        connect(self.address, quiet=quiet)
-        run_tasks(needs, work, workers=workers, done=done, asks=asks or {}, logs=Logs(room), quiet=quiet)
+        self.join()
+        run_tasks(needs, work, workers=workers, done=done, asks=asks or {}, logs=Logs(room), quiet=self.quiet or not show)
 
-    def ask(self, size: int, *, gpus: bool = True) -> Ask:
+    def join(self) -> None:
+        """Connect to the cluster, where there is one to connect to."""
+        if self.spreads:
+            from paft.executor.cluster import connect
+
+            connect(self.address, quiet=self.quiet)
+
+    def ask(self, size: int) -> Ask:
         """What a job over a model of ``size`` bytes asks for, where its recipe does not say.
 
         A GPU where the cluster has any. Else memory for the model in float32, and one core for a small model, which cannot use
@@ -63,15 +71,23 @@ class Executor:
         """
         if not self.spreads:
             return Ask()
-        from paft.executor.cluster import connect, smallest
+        from paft.executor.cluster import smallest
 
-        connect(self.address)
-        node = smallest("GPU") if gpus else None
-        if node:
+        self.join()
+        if node := smallest("GPU"):
             return Ask(cpus=min(1, node.get("CPU", 0)), gpus=1)
         cores = (smallest("CPU") or {}).get("CPU", 1)
         return Ask(cpus=min(1, cores) if size < SMALL else cores, memory=int(_IMPORTS + 2 * size))
 
+    def whole_node(self, memory: float, *, gpu: bool = False) -> Ask:
+        """All the cores of the smallest node, ``memory`` bytes and perhaps a GPU, for a job that uses what there is."""
+        from paft.executor.cluster import smallest
 
+        self.join()
+        node = smallest("GPU" if gpu else "CPU") or {}
+        return Ask(cpus=node.get("CPU", 1), gpus=int(gpu), memory=_IMPORTS + memory)
+
+
+LOCAL = Executor()
 SMALL = 100e6  # bytes of a base up to which one core is enough for a training
 _IMPORTS = 4e8  # bytes that Python takes with torch and transformers

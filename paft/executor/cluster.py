@@ -32,7 +32,8 @@ def connect(address: str | None, *, quiet: bool = False) -> None:
     except ImportError as error:
         raise ResourceError("--executor ray needs Ray", hint="pip install 'paft[ray]'") from error
     if address and "://" in address:
-        raise UsageError(f"--address {address}: paft runs on a node of the cluster", hint="start it there, or by `ray job submit`")
+        raise UsageError(f"--address {address}: paft runs on a node of the cluster",
+                         hint="start it there, or by `ray job submit`")
     if address and address not in ("auto", "local"):
         _check_listens(address)
     if ray.is_initialized():
@@ -40,8 +41,8 @@ def connect(address: str | None, *, quiet: bool = False) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _init(address)
-    nodes, total = _nodes(), ray.cluster_resources()
-    say(f"ray: {len(nodes)} node{'s' * (len(nodes) > 1)}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs", quiet=quiet)
+    count, total = len(_nodes()), ray.cluster_resources()
+    say(f"ray: {count} node{'s' * (count > 1)}, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs", quiet=quiet)
 
 
 def _init(address: str | None) -> None:
@@ -64,7 +65,7 @@ def _init(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         said = f"no Ray cluster answers at {address}" if address else "Ray does not start"
         why = "" if isinstance(error, ConnectionError) else f": {_first_line(error)}"
-        raise ResourceError(said + why, hint="ray start --head starts one; leave out --address to use this machine alone") from error
+        raise ResourceError(said + why, hint="`ray start --head` starts one; without --address it is this machine") from error
 
 
 def _check_listens(address: str) -> None:
@@ -108,7 +109,7 @@ def check_fits(name: str, ask: Ask) -> None:
 
 
 def check_shared(room: Path) -> None:
-    """ResourceError for a node that cannot write in ``room``, that writes another directory, or has other versions of packages."""
+    """ResourceError for a node that cannot write in ``room``, writes another directory, or has other versions of packages."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -84,8 +84,8 @@ def _submit(name: str, held: Any, ask: Ask, logs: Logs) -> Any:
     return task.remote(held, name, os.getcwd(), logs.of(name), threads)
 
 
-def _drive(needs: Mapping[str, str | None], running: dict[Any, str], submit: Callable[[str], Any], workers: int | None, done: Done,
-           logs: Logs, show: Progress) -> None:
+def _drive(needs: Mapping[str, str | None], running: dict[Any, str], submit: Callable[[str], Any], workers: int | None,
+           done: Done, logs: Logs, show: Progress) -> None:
     import ray
 
     waiting, finished = dict(needs), set()
@@ -137,7 +137,7 @@ def _stop(running: list[Any]) -> None:
 
 
 def _task(work: Callable[[str], Any], name: str, directory: str, log: Path, threads: int) -> Any:
-    """On a node: the driver's directory, where there is one, its own share of threads, and everything that is said into the log."""
+    """On a node: the driver's directory, where there is one, its share of threads, and everything that is said into the log."""
     if os.path.isdir(directory):
         os.chdir(directory)  # relative paths mean what they mean to the driver
     os.environ["OMP_NUM_THREADS"] = str(threads)
