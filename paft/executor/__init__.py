@@ -79,6 +79,13 @@ class Executor:
         cores = (smallest("CPU") or {}).get("CPU", 1)
         return Ask(cpus=min(1, cores) if size < SMALL else cores, memory=int(_IMPORTS + 2 * size))
 
+    def room_for(self, size: int) -> int:
+        """How many jobs over a model of ``size`` bytes the cluster can run at once; at least one."""
+        from paft.executor.cluster import room_for
+
+        ask = self.ask(size)
+        return max(1, room_for(ask)) if self.spreads else 1
+
     def whole_node(self, memory: float, *, gpu: bool = False) -> Ask:
         """All the cores of the smallest node, ``memory`` bytes and perhaps a GPU, for a job that uses what there is."""
         from paft.executor.cluster import smallest

@@ -49,6 +49,7 @@ def _init(address: str | None) -> None:
     import logging
 
     import ray
+    from ray import exceptions
 
     passed = {name: os.environ[name] for name in _PASSED if name in os.environ}
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL,
@@ -62,7 +63,7 @@ def _init(address: str | None) -> None:
                 if address is not None:
                     raise
         ray.init(address="local", include_dashboard=False, **common)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, exceptions.RayError) as error:
         said = f"no Ray cluster answers at {address}" if address else "Ray does not start"
         why = "" if isinstance(error, ConnectionError) else f": {_first_line(error)}"
         raise ResourceError(said + why, hint="`ray start --head` starts one; without --address it is this machine") from error
@@ -95,7 +96,7 @@ def smallest(resource: str) -> dict[str, float] | None:
 
 def check_fits(name: str, ask: Ask) -> None:
     """ResourceError where no node of the cluster could ever run the job: Ray would wait for one for ever."""
-    wanted = {"GPU": ask.gpus, "CPU": ask.cpus, "memory": ask.memory}
+    wanted = _wanted(ask)
     nodes = [node["Resources"] for node in _nodes()]
     if any(all(node.get(key, 0) >= count for key, count in wanted.items()) for node in nodes):
         return
@@ -106,6 +107,16 @@ def check_fits(name: str, ask: Ask) -> None:
                                 hint="add a node, or say less under `resources:` of the stage")
     raise ResourceError(f"no node of the cluster has all that {name} needs: {ask.gpus:g} GPUs, {ask.cpus:g} CPUs, "
                         f"{ask.memory / 1e9:.1f} GB of memory", hint="add a node, or say less under `resources:` of the stage")
+
+
+def room_for(ask: Ask) -> int:
+    """How many jobs that ask for so much fit into the whole cluster at once."""
+    wanted = {key: count for key, count in _wanted(ask).items() if count}
+    return sum(int(min(node["Resources"].get(key, 0) // count for key, count in wanted.items())) for node in _nodes() if wanted)
+
+
+def _wanted(ask: Ask) -> dict[str, float]:
+    return {"GPU": ask.gpus, "CPU": ask.cpus, "memory": ask.memory}
 
 
 def check_shared(room: Path) -> None:
@@ -135,15 +146,17 @@ def check_shared(room: Path) -> None:
 
 def _judge(reference: Any, node: str, file: Path, here: Mapping[str, str]) -> None:
     import ray
+    from ray import exceptions
 
+    there: Any = None
     try:
         there = ray.get(reference, timeout=PATIENCE)
-    except ray.exceptions.RayTaskError as error:
+    except exceptions.RayTaskError as error:
         if isinstance(error.cause, PaftError):
             raise error.cause from None
         raise ResourceError(f"node {node} cannot run paft: {_first_line(error.cause)}",
                             hint="install paft there, by the same constraints.txt") from error
-    except ray.exceptions.RayError as error:
+    except exceptions.RayError as error:
         raise ResourceError(f"node {node} does not answer: {type(error).__name__}", hint="ray status") from error
     for _ in range(20):  # a network disk may show a new file a little later
         if file.exists():

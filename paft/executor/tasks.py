@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import time
@@ -25,6 +26,7 @@ from paft.parallel import Done
 from paft.progress import Progress, say
 
 RETRIES = 3
+_STEP = re.compile(r"\S[^:]*: \d+/\d+(?=, )")  # as `Progress` writes into a log
 _BEAT = 1.0  # seconds between two looks at the logs
 _GRACE = 10.0  # seconds that a cancelled job has to clean up
 
@@ -46,7 +48,10 @@ class Logs:
                 lines = file.read().decode(errors="replace").splitlines()
         except OSError:
             return name
-        return next((line.split(",")[0][:30] for line in reversed(lines) if "left" in line), name)
+        return next((found[0][:30] for line in reversed(lines) if (found := _STEP.match(line))), name)
+
+
+_TOLD: set[Logs] = set()  # those whose place was said
 
 
 def run_tasks(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int | None, done: Done,
@@ -65,7 +70,9 @@ def run_tasks(needs: Mapping[str, str | None], work: Callable[[str], Any], *, wo
     for name in needs:
         logs.of(name).parent.mkdir(parents=True, exist_ok=True)
     check_shared(logs.room)
-    say(f"logs: {logs.room}/logs/{'STAGE' if len(needs) > 1 else next(iter(needs))}.log", quiet=quiet)
+    if logs not in _TOLD:
+        _TOLD.add(logs)
+        say(f"logs: {logs.room}/logs/STAGE.log", quiet=quiet)
     held, running = ray.put(work), {}
     try:
         with Progress("ray", len(needs), quiet=quiet) as show:
