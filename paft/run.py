@@ -81,6 +81,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     if share_base and executor.spreads:
         raise UsageError("--share-base is one process, --executor ray several", hint="pass one of them")
     check(recipe)
+    executor.join()
     if not resume:
         provenance.check_target(out, overwrite=overwrite, in_place=True)
     workers = 1 if share_base else workers or (None if executor.spreads else _default_workers(recipe))

@@ -102,6 +102,7 @@ def _make(job: Job, out: Path, progress: Progress | None, executor: Executor, *,
     fits(job, out)
     if executor.spreads and job.output_kind != "full":
         raise UsageError("only a whole model is spread over workers", hint="leave out --executor: the others take little time")
+    executor.join()
     if resume and job.output_kind != "full":
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
     with output_dir(out, overwrite=overwrite, resume=resume) as scratch:

@@ -68,6 +68,7 @@ def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Seq
     provenance.check_target(out, overwrite=overwrite or resume)
     data.check_leakage({"validation rows": plan.validation.sft, "test rows": plan.test.sft})
     data.check_leakage({"validation rows": plan.validation.pref, "test rows": plan.test.pref})
+    executor.join()
     inputs, space = _space(plan, asked := _Asked(methods, ranges, groups, seed))
     from paft.search.study import complete
 
