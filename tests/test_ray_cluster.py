@@ -219,7 +219,7 @@ def test_without_the_token_of_the_cluster_it_is_one_line(cluster: Cluster, local
     finally:
         cluster.env = cluster_env
     _, said = command.communicate(timeout=PATIENCE)
-    assert command.returncode == 5 and "asks for a token" in said and not (tmp_path / "out").exists()
+    assert command.returncode == 5 and "RAY_AUTH_TOKEN_PATH=FILE" in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="another view of the disk needs root")

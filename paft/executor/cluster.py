@@ -63,13 +63,11 @@ def _init(address: str | None) -> None:
                 if address is not None:
                     raise
         ray.init(address="local", include_dashboard=False, **common)
-    except exceptions.AuthenticationError as error:
-        raise ResourceError(f"the Ray cluster at {address or 'this machine'} asks for a token, and has not been given its own",
-                            hint="RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE, as on its head node") from error
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, exceptions.RayError) as error:
         said = f"no Ray cluster answers at {address}" if address else "Ray does not start"
         why = "" if isinstance(error, ConnectionError) else f": {_first_line(error)}"
-        raise ResourceError(said + why, hint="`ray start --head` starts one; without --address it is this machine") from error
+        raise ResourceError(said + why, hint="`ray start --head` starts one; one with a token wants RAY_AUTH_MODE=token and "
+                            "RAY_AUTH_TOKEN_PATH=FILE") from error
 
 
 def _check_listens(address: str) -> None:
