@@ -56,7 +56,7 @@ soak: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/demo_table.py
-	@$(BIN)/python benchmarks/ray.py
+	@$(BIN)/python benchmarks/on_ray.py
 
 clean:
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from paft.report.render import escape, to_markdown
 from paft.report.seeds import Row, Study
 from paft.report.seeds_tables import findings, tables, to_csv
 from paft.report.trainings import COST, Group, grouped, read
+from paft.report.ways import ways
 
 if TYPE_CHECKING:
     from paft.recipe import RunRecipe
@@ -63,7 +64,7 @@ def run_seeds(recipe: RunRecipe, out: Path, count: int, *, quiet: bool = False, 
     if executor.spreads:
         seeds = {place.name: seed for seed, place in found.items()}
         work = partial(_run_seed, recipe, out, seeds, workers, replace(executor, address=None, quiet=False))
-        executor.graph(dict.fromkeys(seeds), work, workers=None, room=out, asks=dict.fromkeys(seeds, Ask(cpus=0)),
+        executor.graph(dict.fromkeys(seeds), work, workers=0, room=out, asks=dict.fromkeys(seeds, Ask(cpus=0)),
                        done=lambda name, _: say(f"{name} done", quiet=quiet))
         return list(found.values())
     for number, (seed, place) in enumerate(found.items(), 1):
@@ -84,10 +85,10 @@ def places(recipe: RunRecipe, out: Path, count: int) -> dict[int, Path]:
 
 
 def write(found: Study, out: Path) -> dict[str, Any]:
-    """compare.json, .md, .csv, .html and .png of a study into ``out``; returns what compare.json holds."""
+    """compare.json, .md, .csv, .html and the figures of a study into ``out``; returns what compare.json holds."""
     from paft.report.page import study_page
     from paft.report.plots import save
-    from paft.report.trajectory import study_figure
+    from paft.report.trajectory import study_figure, ways_figure
 
     rows = found.rows()
     data = told(found, rows)
@@ -98,7 +99,10 @@ def write(found: Study, out: Path) -> dict[str, Any]:
              "\n".join(f"- {escape(line)}" for line in data["findings"]),
              *(f"## {escape(title)}\n\n{to_markdown(shown, columns)}" for title, shown, columns in tables(found, rows))]
     (out / "compare.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    save(study_figure(rows, f"{data['name']}, mean of {len(found.runs)} seeds"), out / "compare.png")
+    title = f"{data['name']}, mean of {len(found.runs)} seeds"
+    save(study_figure(rows, title), out / "compare.png")
+    if gone := ways(found):
+        save(ways_figure(rows, gone, title), out / "compare-ways.png")
     study_page(found, rows, out / "compare.html", data["findings"])
     return data
 
@@ -109,4 +113,4 @@ def told(found: Study, rows: Sequence[Row]) -> dict[str, Any]:
                      if all(key in run.costs[name] for run in found.runs)} for name in found.recipe.get("train", {})}
     return {"kind": "study", "schema": SCHEMA, "name": str(found.recipe.get("name")), "model": found.recipe.get("model"),
             "seeds": found.seeds, "directories": [str(run.path) for run in found.runs], "baselines": found.baselines(),
-            "rows": rows, "stages": stages, "findings": findings(found, rows)}
+            "rows": rows, "stages": stages, "ways": [way.to_dict() for way in ways(found)], "findings": findings(found, rows)}

@@ -1,4 +1,4 @@
-"""Controls for a merge with a sparse adapter: the dense one at the sparse one's norm, or at its density."""
+"""Controls for a merge with a sparse adapter: the dense one at the sparse one's norm, its density, or both."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from paft import provenance
 from paft.adapter import concatenate, read_adapter, save_adapter
+from paft.merge.deltafile import is_delta
+from paft.merge.engine import merge
 from paft.merge.extract import Prune, extract
+from paft.report.sources import open_source
 from paft.report.sparsity import sparsity
 
 
@@ -18,11 +21,16 @@ def pruned(adapter: Path, like: Path, folder: Path, *, base: str) -> Path:
     return target
 
 
-def rescaled(adapter: Path, like: Path, folder: Path) -> Path:
-    """``adapter`` times the number that gives it the Frobenius norm of ``like``, as an adapter of its own."""
-    norms = [sparsity(read_adapter(one)).overall.moments.frobenius for one in (like, adapter)]
+def rescaled(adapter: Path, like: Path, folder: Path, *, base: str) -> Path:
+    """``adapter``, or a delta that was pruned, times the number that gives it the Frobenius norm of ``like``."""
+    sources = [open_source(str(one), base if is_delta(one) else None) for one in (like, adapter)]
+    norms = [sparsity(source).overall.moments.frobenius for source in sources]
     factor = norms[0] / norms[1] if norms[1] else 0.0
     target = folder / f"{adapter.name}-as-{like.name}"
+    if is_delta(adapter):
+        merge([str(adapter)], base=base, method="task_arithmetic", parameters={}, weights=[factor], out=target,
+              output_kind="delta", overwrite=True)
+        return target
     with provenance.output_dir(target, overwrite=True) as directory:
         config, tensors = concatenate([read_adapter(adapter)], [factor])
         save_adapter(directory, config, tensors)

@@ -66,3 +66,10 @@ def say(message: str, *, quiet: bool = False) -> None:
     """One line on stderr, unless quiet."""
     if not quiet:
         print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """An estimate for people: ``about 12 min``."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -166,7 +166,7 @@ class RunData(Strict):
 
 
 class RunMerge(Strict):
-    """One merge of a run. ``density_like`` / ``norm_like``: bring the first delta to that adapter's density or norm first."""
+    """One merge of a run. ``density_like``, ``norm_like``: bring the first delta to that adapter's density, then to that norm."""
 
     of: list[str]
     method: str

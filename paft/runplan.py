@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 from paft.errors import UsageError, did_you_mean
 from paft.merge.settings import Settings, native
 from paft.recipe import DpoRecipe, JointRecipe, RunMerge, RunRecipe, SftRecipe, Sources, Splits, TrainRecipe, validate
+from paft.tasks import Harness
 from paft.train.stage import check_trainer
 
 RUNS_OWN = ("model", "seed", "on", "data", "eval_data", "sft_data", "pref_data", "sft_eval_data", "pref_eval_data",
@@ -32,6 +35,23 @@ def check(recipe: RunRecipe) -> None:
                 raise UsageError(f"merge.{name}: there is no training stage {source!r}", hint=did_you_mean(source, known))
         _check_merge(name, entry)
     _check_rest(recipe)
+    _check_asked(recipe)
+
+
+def tasks_of(recipe: RunRecipe) -> Harness | None:
+    """The named tasks with their data, if the recipe has some; raises what `paft.tasks.Harness` does."""
+    if (said := recipe.evaluate.tasks) is None:
+        return None
+    path = Path(said.path) if said.path else None
+    return Harness(said.names, shots=said.shots, limit=said.limit, path=path, chat=said.chat,
+                   batch_size=recipe.evaluate.batch_size)
+
+
+def _check_asked(recipe: RunRecipe) -> None:
+    rows = ["base", *recipe.train, *recipe.merge]
+    for name in (recipe.evaluate.tasks.only or [] if recipe.evaluate.tasks else []):
+        if name not in rows:
+            raise UsageError(f"evaluate.tasks.only: there is no row {name!r}", hint=did_you_mean(name, rows))
 
 
 def _check_name(name: str) -> None:
@@ -68,8 +88,17 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     said = {key: getattr(stage, key) for key in keys if getattr(stage, key) is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
     said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}
-    said |= {"trainer": base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
+    said |= {"trainer": _on_the_way(recipe, stage.objective) | base.trainer | stage.trainer, **_sources(recipe, stage.objective)}
     return validate(type(base), base.model_dump() | said)
+
+
+def _on_the_way(recipe: RunRecipe, objective: str) -> dict[str, Any]:
+    """When a joint training is measured, if a trajectory is wanted. `Trainer` takes a share of the steps, which must be below 1,
+    and rounds up; rounded down itself, six of 240 steps are every 40."""
+    count = recipe.evaluate.trajectory
+    if objective != "joint" or not count:
+        return {}
+    return {"eval_strategy": "steps", "eval_steps": min(math.floor(1e6 / count) / 1e6, 0.999999)}
 
 
 def _sources(recipe: RunRecipe, objective: str) -> dict[str, Sources]:

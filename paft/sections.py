@@ -58,13 +58,30 @@ class EarlyStopping(Strict):
     threshold: Coefficient = 0.0
 
 
+class Tasks(Strict):
+    """Named tasks or presets of lm-evaluation-harness (`paft.tasks`). ``path``: a directory of task files of your own.
+
+    ``limit``: only the first rows of each; ``shots`` in place of the task's own number; ``chat``: through the chat template;
+    ``only``: the rows of the table that are asked (None: all), by the names of their stages, and ``base``.
+    """
+
+    names: Annotated[list[str], Field(min_length=1)]
+    path: str | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
+    shots: Annotated[int, Field(ge=0)] | None = None
+    chat: bool = False
+    only: list[str] | None = None
+
+
 class Evaluation(Strict):
-    """What a run measures, and on which split."""
+    """What a run measures, and on which split; a joint training also ``trajectory`` times on its way, on validation rows."""
 
     split: Literal["validation", "test"] = "test"
     rows: Annotated[int, Field(gt=0)] | None = None
     generate: Annotated[int, Field(ge=0)] = 0
     batch_size: Annotated[int, Field(gt=0)] = 64
+    tasks: Tasks | None = None
+    trajectory: Annotated[int, Field(ge=0)] = 0
 
 
 class Resources(Strict):

@@ -12,10 +12,14 @@ A model is handed over as it is (`HFLM(pretrained=model)`), so nothing is writte
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,20 +75,39 @@ class Harness:
         """One column a task, in the order asked for."""
         return [Column(task.name, task.name, ".3f", f"lm-eval, {_told(task)}") for task, _ in self.tasks]
 
-    def __call__(self, name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """``{task: value, task_stderr: value, ..., "tasks": {task: all metrics}}`` of a model; ``name`` is for errors."""
+    @property
+    def contents(self) -> dict[str, str]:
+        """task -> hash of all that its scores depend on beside the model: configuration, rows, shots, limit, harness."""
+        from lm_eval import __version__ as version
+
+        asked = [version, SEED, self.limit, self.chat]
+        return {task.name: _hash([asked, task.metric, loaded.get("groups"), [_content(one, self.limit) for one in
+                                                                             loaded["tasks"].values()]])
+                for task, loaded in self.tasks}
+
+    def work(self, tokenizer: Any) -> tuple[float, float]:
+        """About how many tokens all tasks make a model read, and how many to write, of prompts as the first rows have them."""
+        found = []
+        for task, loaded in self.tasks:
+            with _silence(), _blamed(task.name, "its first rows"):
+                found += [_work(one, tokenizer, self.limit) for one in loaded["tasks"].values()]
+        return sum(read for read, _ in found), sum(written for _, written in found)
+
+    def __call__(self, name: str, model: Any, tokenizer: Any, only: str | None = None) -> dict[str, Any]:
+        """``{task: value, task_stderr: value, ..., "tasks": {task: all metrics}}`` of a model, or of the ``only`` task of it.
+
+        ``name`` is for errors.
+        """
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         row: dict[str, Any] = {"tasks": {}}
         with _silence():
             wrapped: Any = cast(Any, HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
-            for task, loaded in self.tasks:
-                try:
+            for task, loaded in (each for each in self.tasks if only in (None, each[0].name)):
+                with _blamed(task.name, name):
                     found = evaluate(wrapped, loaded, limit=self.limit, bootstrap_iters=1000, log_samples=False,
                                      apply_chat_template=self.chat, fewshot_as_multiturn=self.chat)
-                except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-                    raise MismatchError(f"task {task.name} on {name}: {_line(error)}") from error
                 row["tasks"][task.name] = told = _metrics(found, task.name)
                 chosen = _chosen(told, task.metric)
                 row[task.name], row[f"{task.name}_stderr"] = told[chosen], told.get(f"{chosen}_stderr")
@@ -100,7 +123,7 @@ def _manager(path: Path | None, names: Sequence[str]) -> Any:
         raise ResourceError("named tasks need lm-evaluation-harness", hint="pip install 'paft[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if path is not None and not path.is_dir():
-        raise NotFoundError(f"no directory {path}", hint="--task-path names the directory of task files")
+        raise NotFoundError(f"no directory {path}", hint="name the directory of your task files")
     own = TaskManager(include_path=str(path), include_defaults=False) if path else None
     if own is not None and set(names) <= set(own.all_tasks):
         return own
@@ -127,6 +150,34 @@ def _load(manager: Any, task: Named) -> Any:
     return loaded
 
 
+HEAD = 8  # rows of a task by which its work is judged
+
+
+def _content(task: Any, limit: int | None) -> list[Any]:
+    """A task's configuration without the places of its files, and the rows that it reads."""
+    config = {key: value for key, value in task.dump_config().items() if key not in ("dataset_path", "dataset_kwargs")}
+    shown = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
+    return [config, list(islice(iter(task.eval_docs), limit)), shown]
+
+
+def _hash(content: Any) -> str:
+    """sha256 of data with functions in it, which count by their source or name, and not by their address."""
+    text = json.dumps(content, sort_keys=True, default=lambda value: getattr(value, "__dict__", None) or repr(value))
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
+
+
+def _work(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float]:
+    docs = len(task.eval_docs)
+    head, asked = min(HEAD, limit or docs, docs), min(limit or docs, docs)
+    task.build_all_requests(limit=head)
+    read = written = 0
+    for one in task.instances:
+        texts = [str(part) for part in one.args if isinstance(part, str)]
+        read += len(tokenizer("".join(texts))["input_ids"])
+        written += sum(part.get("max_gen_toks", 256) for part in one.args if isinstance(part, Mapping))
+    return read * asked / head, written * asked / head
+
+
 def _refused(name: str, error: Exception) -> PaftError:
     if isinstance(error, ImportError):
         return ResourceError(f"task {name} needs a package that is not installed: {_line(error)}",
@@ -136,7 +187,7 @@ def _refused(name: str, error: Exception) -> PaftError:
         chain.append(inner)
     if any(isinstance(one, OSError) for one in chain):  # ConnectionError and FileNotFoundError are
         return NotFoundError(f"the data of task {name} cannot be read: {_line(error)}",
-                             hint="the hub must be reachable, or the data local: a task file in --task-path DIR")
+                             hint="the hub must be reachable, or the data local, with a task file of your own")
     return UsageError(f"task {name} cannot be loaded: {_line(error)}", hint="`lm-eval validate` checks a task file")
 
 
@@ -168,6 +219,17 @@ def _chosen(told: Mapping[str, Any], metric: str | None) -> str:
 
 def _told(task: Named) -> str:
     return ", ".join(filter(None, [task.metric, None if task.shots is None else f"{task.shots} shots"])) or "as the task says"
+
+
+@contextlib.contextmanager
+def _blamed(task: str, name: str) -> Iterator[None]:
+    """MismatchError for what a task's templates and code raise on its rows."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, TemplateError) as error:
+        raise MismatchError(f"task {task} on {name}: {_line(error)}") from error
 
 
 @contextlib.contextmanager

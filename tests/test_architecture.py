@@ -25,7 +25,8 @@ MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 50, 150
 FLOW = """errors progress | jsonfile target preflight patterns | yamlfile hub provenance | verify doctor
     | complaint sections recipe card | catalog demo | data models tokens parallel | executor | checkpoint
     | factors | peftfile | adapter | naming | variants | tying | placement | evaluate | train | delta | merge
-    | report | answers candidates controls probe search tasks | runplan | run | compare | cli | __main__"""
+    | report | answers candidates controls probe search tasks
+    | runplan | runjob | runeval runmerge | runcosts | run | compare | cli | __main__"""
 RANK = {room: rank for rank, rooms in enumerate(FLOW.split("|")) for room in rooms.split()}
 
 CHOICES = {"method", "merge_method", "schedule"}

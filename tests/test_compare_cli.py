@@ -37,7 +37,7 @@ def test_tables_fit_the_terminal_and_files_are_named(what: str, request: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[:-2])) <= 80 and lines[-2:] == [f"figure: {figure}", f"page: {page}"]
     assert not [one for one, two in pairwise(lines) if one.strip() == two.strip() == ""]
-    assert figure.read_text().startswith("<?xml") and checked(page).tags.count("svg") == (1 if what == "trained" else 2)
+    assert figure.read_text().startswith("<?xml") and checked(page).tags.count("svg") == (1 if what == "trained" else 3)
 
 
 @pytest.mark.parametrize("what", ["trained", "ran"])
@@ -106,5 +106,7 @@ def test_the_tables_need_no_torch(trained: list[str], ran: list[str]) -> None:
 
 def test_runs_are_written_where_the_user_says(ran: list[str], tmp_path: Path, capsys: Capture) -> None:
     assert invoke(["compare", *ran, "-o", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("compare.md, compare.json, compare.csv, compare.html, compare.png")
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].endswith("compare.md, compare.json, compare.csv, compare.html,")
+    assert last[1] == "  compare.png, compare-ways.png"
     assert [row["id"] for row in json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]] == list(LOSSES)

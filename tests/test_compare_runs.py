@@ -213,9 +213,10 @@ def test_all_is_written_and_the_page_stands_alone_with_names_as_text(tmp_path: P
     found = study([run(tmp_path / str(seed), seed, moved(seed), {**PIPELINE, "name": ODD}, names={"mix": ODD, "ties": "$x_1$"})
                    for seed in range(3)])
     data = write(found, out := tmp_path / "deep" / "out")
-    assert {file.name for file in out.iterdir()} == {f"compare.{kind}" for kind in ("md", "json", "csv", "html", "png")}
+    kinds = (".md", ".json", ".csv", ".html", ".png", "-ways.png")
+    assert {file.name for file in out.iterdir()} == {f"compare{kind}" for kind in kinds}
     page = checked(out / "compare.html")
-    assert page.text.count(ODD) >= 4 and page.tags.count("svg") == 2 and "$x_1$" in page.text
+    assert page.text.count(ODD) >= 4 and page.tags.count("svg") == 3 and "$x_1$" in page.text
     assert all(line in page.text for line in data["findings"])
     stored = json.loads((out / "compare.json").read_text())
     assert stored["rows"][8]["ideal"] == data["rows"][8]["ideal"] and stored["seeds"] == [0, 1, 2]

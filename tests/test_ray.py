@@ -43,7 +43,7 @@ def cluster() -> Iterator[None]:
 
 def graph(work: Callable[[str], Any], names: dict[str, str | None], room: Path, **more: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    RAY.graph(names, work, workers=more.pop("workers", None), done=found.__setitem__, room=room, **more)
+    RAY.graph(names, work, workers=more.pop("workers", 0), done=found.__setitem__, room=room, **more)
     return found
 
 
@@ -243,7 +243,7 @@ def test_a_run_on_ray_equals_a_local_one(tiny_base: Path, tmp_path: Path, capsys
     there = json.loads(capsys.readouterr().out)
     assert here["rows"] == there["rows"] and len(files_of(tmp_path / "there")) == 4
     assert files_of(tmp_path / "here") == files_of(tmp_path / "there")
-    assert {file.stem for file in (tmp_path / "there" / "logs").iterdir()} == {"sft", "dpo", "both", "merge", "evaluate"}
+    assert {file.stem for file in (tmp_path / "there" / "logs").iterdir()} == {"sft", "dpo", "both", "ties", "evaluate"}
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "there").rglob("paft.json") if file.parent.name != "there"}
     assert invoke([*line, str(tmp_path / "there"), "--executor", "ray", "--resume"]) == 0
     assert {file: file.stat().st_mtime_ns for file in before} == before

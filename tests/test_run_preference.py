@@ -12,7 +12,8 @@ from datakit import chat_rows, pair_rows, write_jsonl
 from paft.errors import UsageError
 from paft.provenance import content_hash
 from paft.recipe import RunRecipe, validate
-from paft.run import Run, _read_data, _train_one, check, plan
+from paft.run import _train_one, check, plan
+from paft.runjob import Run
 
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
 
@@ -37,7 +38,7 @@ def test_loss_and_reference_are_part_of_what_makes_a_stage_done(tiny_base: Path,
         return plan(recipe(**dpo), tmp_path / "out")["train"][0]["done"]
 
     job = Run(recipe(loss="kto", reference=str(other)), tmp_path / "out", quiet=True)
-    _read_data(job)
+    job.read()
     manifest = _train_one(job, "dpo")
     assert manifest["reference"]["content_sha256"] == content_hash(other)
     assert done(loss="kto", reference=str(other))

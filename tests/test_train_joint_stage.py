@@ -22,7 +22,7 @@ ROWS = {"sft": sft_rows(13, answer=None), "pref": pref_rows(10),
         "sft_eval": sft_rows(5, seed=9, answer=None), "pref_eval": pref_rows(7, seed=9)}
 STEPS = {"max_steps": 12, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
          "save_steps": 2, "logging_steps": 3, "eval_steps": 4}
-TIMES = CLOCK | {"seconds", "peak_memory_mb"}
+TIMES = CLOCK | {"seconds", "evaluation_seconds", "peak_memory_mb"}
 
 
 def recipe(base: Path, method: str, **fields: Any) -> JointRecipe:

@@ -103,6 +103,10 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
         lines += [f"  seed {seed}: {sum(stage['done'] for stage in each['train'])} of {len(each['train'])} trainings kept, "
                   f"{options.duration(each['seconds'])} of training, {len(each['merge'])} merges"
                   for seed, each in plans.items()]
+        keys = {"trainings": "seconds", "merges": "merge_seconds", "evaluation": "evaluate_seconds"}
+        spent = {what: sum(each[key] for each in plans.values()) for what, key in keys.items()}
+        if any(spent.values()):
+            lines.append("in all " + ", ".join(f"{what} {options.duration(value)}" for what, value in spent.items() if value))
         lines.append(f"disk {options.size(sum(each['disk_bytes'] for each in plans.values()))}, "
                      f"memory {options.size(max(each['memory_bytes'] for each in plans.values()))}")
         options.show({str(seed): each for seed, each in plans.items()}, lines, as_json=given["as_json"])
@@ -128,7 +132,8 @@ def _study(found: Any, given: dict[str, Any]) -> None:
         study_page(found, rows, given["html"], data["findings"])
     _show(data, (tables if given["markdown"] else short_tables)(found, rows), data["findings"], given)
     if given["out"] and not (given["as_json"] or given["markdown"]):
-        click.echo(f"{given['out']}: compare.md, compare.json, compare.csv, compare.html, compare.png")
+        click.echo(f"{given['out']}: compare.md, compare.json, compare.csv, compare.html,\n  compare.png"
+                   + ", compare-ways.png" * bool(data["ways"]))
 
 
 def _trainings(groups: Sequence[Any], given: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import click
 
 from paft.catalog import find
 from paft.errors import UsageError
+from paft.progress import duration as duration
 from paft.provenance import to_json
 
 F = Callable[..., Any]
@@ -96,10 +97,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """An estimate for people: ``about 12 min``."""
-    if seconds < 90:
-        return f"about {max(1, round(seconds))} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

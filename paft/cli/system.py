@@ -16,6 +16,7 @@ from paft.cli import options
 from paft.errors import MismatchError, NotFoundError
 from paft.recipe import RunRecipe, load
 
+_LATER = {"merges": "merge_seconds", "evaluation": "evaluate_seconds"}
 _SHOWN = 20  # differences, one a line
 
 
@@ -74,11 +75,11 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
 def _print_report(report: dict[str, Any], out: Path) -> None:
     from rich.console import Console
 
-    from paft.report.headtohead import columns_of
+    from paft.report.headtohead import columns_of, task_columns
     from paft.report.render import print_table
 
     console = Console(highlight=False)
-    columns = columns_of(report["rows"])
+    columns = columns_of(report["rows"]) + task_columns(report["rows"])
     title = f"{report['name']}: {report['split']} split, seed {report['seed']}"
     print_table(console, report["rows"], columns, title, legend=True)
     click.echo("\n".join(["", *(textwrap.fill(line, 79, subsequent_indent="  ") for line in report["findings"]),
@@ -102,6 +103,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         side = f", {min(left, plan['workers'])} side by side" if min(left, plan["workers"]) > 1 else ""
         lines.append(f"trainings: {options.duration(plan['seconds'])} on this machine{side}, "
                      f"{options.size(plan['memory_bytes'])} of memory")
+    if later := ", ".join(f"{what} {options.duration(plan[key])}" for what, key in _LATER.items() if plan[key]):
+        lines.append(f"then {later}")
     lines += options.hang([("merges:", f"{', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")])
     return lines
 

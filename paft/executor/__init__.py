@@ -41,11 +41,11 @@ class Executor:
         """Do jobs run on other machines, where only shared directories are seen?"""
         return self.name != "local"
 
-    def graph(self, needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int | None, done: Done, room: Path,
+    def graph(self, needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done, room: Path,
               asks: Mapping[str, Ask] | None = None, show: bool = True) -> None:
-        """Run the jobs, at most ``workers`` at once; on Ray each with its ``asks``, and its log in ``room``/logs.
+        """Run the jobs, at most ``workers`` at once (0: as there is room); on Ray each with its ``asks``.
 
-        ``show`` draws progress of all and says where the logs are.
+        Its log is in ``room``/logs; ``show`` draws progress of all and says where the logs are.
         Raises what a job raises, and ResourceError as `run_graph`, `cluster.connect` and `cluster.check_shared`.
         """
         if not self.spreads:

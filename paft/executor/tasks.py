@@ -54,9 +54,9 @@ class Logs:
 _TOLD: set[Logs] = set()  # those whose place was said
 
 
-def run_tasks(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int | None, done: Done,
+def run_tasks(needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done,
               asks: Mapping[str, Ask], logs: Logs, quiet: bool = False) -> None:
-    """`parallel.run_graph` on a cluster, with what each job ``asks`` for; None ``workers``: as many at once as it has room for.
+    """`parallel.run_graph` on a cluster, with what each job ``asks`` for; 0 ``workers``: as many at once as it has room for.
 
     A worker that is lost is replaced `RETRIES` times. The first error ends the others and is raised, a PaftError as itself.
     Raises ResourceError where no node can run a job, where a node does not see ``logs.room``, or loses the job too often.
@@ -91,14 +91,14 @@ def _submit(name: str, held: Any, ask: Ask, logs: Logs) -> Any:
     return task.remote(held, name, os.getcwd(), logs.of(name), threads)
 
 
-def _drive(needs: Mapping[str, str | None], running: dict[Any, str], submit: Callable[[str], Any], workers: int | None,
+def _drive(needs: Mapping[str, str | None], running: dict[Any, str], submit: Callable[[str], Any], workers: int,
            done: Done, logs: Logs, show: Progress) -> None:
     import ray
 
     waiting, finished = dict(needs), set()
     while waiting or running:
         for name in [name for name, before in waiting.items() if before is None or before in finished or before not in needs]:
-            if workers is None or len(running) < workers:
+            if not workers or len(running) < workers:
                 running[submit(name)] = name
                 del waiting[name]
         for reference in ray.wait(list(running), num_returns=1, timeout=_BEAT)[0]:

@@ -116,4 +116,4 @@ def part_of(base: Checkpoint, file: str) -> Checkpoint:
 def _each(files: list[str], work: Callable[[str], object], done: Done, job: Job, room: Path,
           executor: Executor) -> None:
     ask: Ask = executor.whole_node(working(job), gpu=job.device != "cpu")
-    executor.graph(dict.fromkeys(files), work, workers=None, done=done, room=room, asks=dict.fromkeys(files, ask), show=False)
+    executor.graph(dict.fromkeys(files), work, workers=0, done=done, room=room, asks=dict.fromkeys(files, ask), show=False)

@@ -40,6 +40,13 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     return [column for column in COLUMNS if any(column.key in row for row in rows)]
 
 
+def task_columns(rows: Iterable[Mapping[str, Any]]) -> list[Column]:
+    """One column a named task (`paft.tasks`) that at least one row was asked."""
+    told = {name: about for row in rows for name, about in row.get("tasks", {}).items()}
+    return [Column(name, name, ".3f", f"lm-eval: {about['metric']}, {about['shots'] or 0} shots, {about['rows']} rows")
+            for name, about in told.items()]
+
+
 def ideal_distances(scores: Mapping[str, Score]) -> dict[str, float]:
     """√(Δ²_SFT + Δ²_DPO) of every row that has both losses, Δ against the best of the table."""
     both = {name: (s["sft_loss"], s["dpo_loss"]) for name, s in scores.items() if "sft_loss" in s and "dpo_loss" in s}
@@ -125,7 +132,7 @@ def write_report(out: Path, recipe: RunRecipe, scores: Mapping[str, Score], adap
     }
     (out / "report.json").write_text(to_json(report), encoding="utf-8")
     text = [f"# {recipe.name}", f"Model `{recipe.model}`, seed {recipe.seed}, {recipe.evaluate.split} split.",
-            to_markdown(rows, columns_of(rows)), "\n".join(f"- {line}" for line in report["findings"])]
+            to_markdown(rows, columns_of(rows) + task_columns(rows)), "\n".join(f"- {line}" for line in report["findings"])]
     (out / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     shown = [row for row in rows if row["group"] not in ("base",)]
     metrics = ("exact_match", "pref_accuracy") if any("exact_match" in row for row in rows) else ("sft_loss", "dpo_loss")

@@ -42,6 +42,10 @@ _WAYS = ("Each marker is an evaluation on held-out rows; the large one is the en
          "objective that each step has taken, and what it cost.")
 _ENDS = ("Held-out losses, mean ± standard error over the seeds; dashed: the Pareto front of the means; star: the best of each. "
          "Of many points, those on the front and the nearest of each kind are named.")
+_STAGES = ("Means over the seeds, each from the base to the large marker, which is the row of the table; grey: rows without a "
+           "way; dashed: the front of the ends; star: the best of each objective. A sequence goes over its first stage's row.")
+_MEASURED = (" Small markers on the way of a joint training are evaluations on some rows of the validation split; a dotted line "
+             "leads to its row, which is measured on the {split} split.")
 _COSTS = "A row costs what all trainings that it needs cost: wall time in sum, memory at most."
 _CLASH = "By layer, beside what two unrelated updates of this size and rank would show (dashed)."
 
@@ -98,12 +102,16 @@ def study_page(found: Study, rows: Sequence[SeedsRow], path: Path, said: Sequenc
     """A pipeline over several seeds as a page."""
     from paft.report.maps import as_svg
     from paft.report.seeds_tables import tables
-    from paft.report.trajectory import cost_figure, study_figure
+    from paft.report.trajectory import cost_figure, study_figure, ways_figure
+    from paft.report.ways import split_of, ways
 
     title = f"{found.recipe.get('name')}: {len(found.runs)} seeds"
     means, *differences = tables(found, rows)
     parts = [_list(said), _figure(as_svg(study_figure(rows, "Both objectives"), "front"), _ENDS),
              _section(means[0], _table(*means[1:], legend=True))]
+    if gone := ways(found):
+        told = "" if all(way.staged for way in gone) else _MEASURED.format(split=split_of(found))
+        parts.insert(2, _figure(as_svg(ways_figure(rows, gone, "The ways there"), "ways"), _STAGES + told))
     if any(row["group"] in COMBINED for row in rows):
         parts.append(_figure(as_svg(cost_figure(rows), "costs"), _COSTS))
     parts += [_section(name, _table(shown, columns)) for name, shown, columns in differences]

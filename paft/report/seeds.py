@@ -22,7 +22,7 @@ from typing import Any
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.provenance import MANIFEST, read_manifest
 from paft.report.paired import Difference, difference, mean_error
-from paft.report.trainings import COST, cost
+from paft.report.trainings import COST, Point, cost, way
 
 OBJECTIVES = ("sft_loss", "dpo_loss")
 COMPARED = ("ideal", *OBJECTIVES)
@@ -34,13 +34,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One finished `paft run`: its seed, its recipe without the seed, its rows by id, and what each training cost."""
+    """One finished `paft run`: its seed, its recipe without the seed, its rows by id, and of each training what it cost, and
+    the way of its held-out losses."""
 
     path: Path
     seed: int
     recipe: Mapping[str, Any]
     rows: Mapping[str, Mapping[str, Any]]
     costs: Mapping[str, Mapping[str, float]]
+    ways: Mapping[str, Mapping[int, Point]]
 
 
 def read_run(directory: Path) -> Run:
@@ -55,7 +57,9 @@ def read_run(directory: Path) -> Run:
         recipe, seed = {key: value for key, value in manifest["recipe"].items() if key != "seed"}, int(manifest["seed"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise MismatchError(f"{file} is not the report of a run", hint="`paft run ... --resume` writes it again") from None
-    return Run(directory, seed, recipe, rows, {name: cost(directory / "adapters" / name) for name in recipe.get("train", {})})
+    stages = {name: directory / "adapters" / name for name in recipe.get("train", {})}
+    return Run(directory, seed, recipe, rows, {name: cost(place) for name, place in stages.items()},
+               {name: way(place) for name, place in stages.items()})
 
 
 def check_alike(runs: Sequence[Run]) -> None:
@@ -128,8 +132,9 @@ class Study:
     def _row(self, name: str, baselines: Mapping[str, str]) -> Row:
         first = self.runs[0].rows[name]
         row: Row = {"name": first["name"], "id": name, "group": first["group"], "runs": len(self.runs)}
+        errors = [f"{task}_stderr" for task in first.get("tasks", {})]  # of one run's rows; here the seeds tell it
         measured = {key: self.values(name, key) for key, value in first.items()
-                    if key not in _WORDS and isinstance(value, int | float)}
+                    if key not in (*_WORDS, *errors) and isinstance(value, int | float)}
         for key, values in (measured | self._derived(name) | self._costs(name)).items():
             row |= zip((key, f"{key}_se"), mean_error(values), strict=True)
         row["vs"] = {base: {metric: self.vs([name], [other], metric).to_dict() for metric in COMPARED if metric in measured}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from paft.report.headtohead import COLUMNS
+from paft.report.headtohead import COLUMNS, task_columns
 from paft.report.paired import ENOUGH, FEW, Difference
 from paft.report.render import Column
 from paft.report.seeds import COMBINED, COMPARED, Row, Study, plain, sparse
@@ -31,9 +31,10 @@ Table = tuple[str, list[Row], list[Column]]
 
 def tables(study: Study, rows: Sequence[Row]) -> list[Table]:
     """The means with every column there is, and for each baseline the differences to it in all that is compared."""
-    known = [column.key for column in (*COLUMNS, *_MORE)]
+    tasks = _tasks(study)
+    known = [column.key for column in (*COLUMNS, *tasks, *_MORE)]
     other = [key for key in dict.fromkeys(key for row in rows for key in row) if f"{key}_se" in rows[0] and key not in known]
-    columns = [*COLUMNS, *(Column(key, key, ".3f") for key in other), *_MORE]
+    columns = [*COLUMNS, *tasks, *(Column(key, key, ".3f") for key in other), *_MORE]
     found = [_means(study, rows, [column for column in columns if any(column.key in row for row in rows)])]
     headers = {column.key: column for column in COLUMNS}
     for base in study.baselines():
@@ -47,12 +48,20 @@ def tables(study: Study, rows: Sequence[Row]) -> list[Table]:
 def short_tables(study: Study, rows: Sequence[Row]) -> list[Table]:
     """What fits a terminal: both objectives and the ideal distance, and its differences to the baselines."""
     found = [_means(study, rows, [column for column in COLUMNS if column.key in _MAIN])]
+    if tasks := _tasks(study):
+        given = [row for row in rows if any(column.key in row for column in tasks)]
+        title, shown, columns = _means(study, given, [COLUMNS[0], *tasks])
+        found.append((f"Named tasks: {title[0].lower()}{title[1:]}", shown, columns))
     compared = [{"name": row["name"], **{base: interval(each["ideal"]) for base, each in row["vs"].items() if "ideal" in each}}
                 for row in rows if row["group"] in COMBINED]
     if compared and study.baselines():
         columns = [Column(base, f"minus {_baseline(study, base)}") for base in study.baselines()]
         found.append((f"Ideal distance: {_what(study)}", compared, [COLUMNS[0], *columns]))
     return found
+
+
+def _tasks(study: Study) -> list[Column]:
+    return task_columns(study.runs[0].rows.values())
 
 
 def _means(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> Table:

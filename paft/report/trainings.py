@@ -138,12 +138,31 @@ def _spent(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def cost(directory: Path) -> dict[str, float]:
-    """Seconds, tokens and memory of the training in a directory, as far as it has told them; its seconds are of wall time."""
+    """Seconds, tokens and memory of the training in a directory, as far as it has told them.
+
+    Its seconds are of wall time, with the trainings that estimated f* for it, and without any evaluation on the way.
+    """
     manifest = read_manifest(directory) or {}
     log = directory / "log.jsonl"
     metrics = manifest.get("metrics") or {}
     found = _cost({key: metrics[key] for key in ("tokens",) if key in metrics}, _records(log) if log.is_file() else [], manifest)
+    if "seconds" in found:
+        estimated = (manifest.get("optima") or {}).get("path")
+        logs = [log, *((directory.parent / estimated).glob("*/log.jsonl") if estimated else ())]
+        found["seconds"] -= sum(_evaluating(each) for each in logs)
     return {key: value for key, value in found.items() if key in COST}
+
+
+def _evaluating(log: Path) -> float:
+    """Seconds that a training has spent on evaluations."""
+    return max((each.get("evaluation_seconds", 0.0) for each in (_records(log) if log.is_file() else [])), default=0.0)
+
+
+def way(directory: Path) -> dict[int, Point]:
+    """step -> (f_SFT, f_DPO) of each evaluation of both on the way of the training in a directory; the later of two of a step."""
+    log = directory / "log.jsonl"
+    found = filter(None, (_evaluation(each, {}) for each in (_records(log) if log.is_file() else [])))
+    return {int(each["step"]): (each["sft_loss"], each["dpo_loss"]) for each in found}
 
 
 def _cost(last: Record, records: Sequence[Record], manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from paft.report.headtohead import front
-from paft.report.plots import MARKERS, PALETTE, legend, plain, shorten, titles, tradeoff
+from paft.report.plots import MARKERS, PALETTE, canvas, legend, plain, shorten, titles, tradeoff
 from paft.report.seeds import COMBINED
 from paft.report.trainings import Group, Point
+from paft.report.ways import Way
 
-_INK, _GRID, _STAR = "#333333", "#e4e4e4", "#E6B800"
+_INK, _GRID, _PALE, _STAR = "#333333", "#e4e4e4", "#c4c4c4", "#E6B800"
+_MANY = (*PALETTE, "#882255", "#44AA99", "#999933")  # Okabe and Ito's do not suffice
 _TAKEN = {"D": ("DPO", "#333333"), "S": ("SFT", "#d9d9d9"), "B": ("both", "#8c8c8c")}
 _BARS = (("ideal", "ideal distance (nats)", ""), ("seconds", "training time (s)", "runtime_pct"),
          ("memory_mb", "peak memory (MB)", "memory_pct"))
@@ -73,6 +75,37 @@ def study_figure(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     xerr, yerr = ("sft_loss_se", "dpo_loss_se") if several else (None, None)
     return tradeoff(shown, x="sft_loss", y="dpo_loss", groups="group", title=title, xerr=xerr, yerr=yerr,
                     xlabel="held-out SFT loss (nats a token)", ylabel="held-out DPO loss (nats)", more=more)
+
+
+def ways_figure(rows: Sequence[Mapping[str, Any]], ways: Sequence[Way], title: str) -> Figure:
+    """The way of each method, one colour a method, among the ends of all rows: front and ideal point are those of the ends.
+
+    A large marker is the row of the table; where the way was measured on other rows, a dotted line leads from its end to that.
+    """
+    figure, axes = canvas((8.0, 6.0))
+    places = {row["id"]: (row["sft_loss"], row["dpo_loss"]) for row in rows if {"sft_loss", "dpo_loss"} <= row.keys()}
+    others = [row for row in rows if row["id"] in places and row["id"] not in ("base", *(way.row for way in ways))]
+    entries: list[tuple[Artist, str]] = []
+    for index, group in enumerate(dict.fromkeys(row["group"] for row in others)):
+        points = [places[row["id"]] for row in others if row["group"] == group]
+        dots = axes.plot(*zip(*points, strict=True), color=_PALE, marker=MARKERS[index % len(MARKERS)], ms=6, ls="none",
+                         zorder=2)[0]
+        entries.append((dots, str(group)))
+    names = {row["id"]: str(row["name"]) for row in rows}
+    for index, way in enumerate(ways):
+        color, marker = _MANY[index % len(_MANY)], MARKERS[index % len(MARKERS)]
+        axes.plot(*zip(*way.points, strict=True), color=color, lw=1.4, alpha=0.75, marker=marker, ms=4, mec="none", zorder=3)
+        axes.plot(*zip(way.points[-1], places[way.row], strict=True), color=color, lw=1.2, ls=":", zorder=3)
+        end = axes.plot(*places[way.row], color=color, marker=marker, ms=10, mec=_INK, mew=0.8, ls="none", zorder=5)[0]
+        entries.append((end, shorten(names[way.row], 24)))
+    if start := places.get("base"):
+        entries.append((axes.plot(*start, color="white", marker="o", ms=8, mec=_INK, mew=1.2, ls="none", zorder=4)[0], "base"))
+    ends = list(places.values())
+    entries += _front_and_ideal(axes, ends, {(min(x for x, _ in ends), min(y for _, y in ends))})
+    _scale(axes, [*ends, *(point for way in ways for point in way.points)])
+    titles(axes, title, "held-out SFT loss (nats a token)", "held-out DPO loss (nats)")
+    legend(figure, entries)
+    return figure
 
 
 def cost_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:

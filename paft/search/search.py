@@ -76,7 +76,7 @@ def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Seq
     if executor.spreads and len(complete(study)) < trials:
         size = sum(entry.nbytes for entry in inputs.base.entries.values())
         names = [f"{out.name}-{number}" for number in range(1, 1 + (workers or executor.room_for(size)))]
-        executor.graph(dict.fromkeys(names), partial(_join, plan, asked, study_file.absolute(), trials), workers=None,
+        executor.graph(dict.fromkeys(names), partial(_join, plan, asked, study_file.absolute(), trials), workers=0,
                        done=lambda name, result: None, room=study_file.parent, asks=dict.fromkeys(names, executor.ask(size)))
     bench = _bench(plan, inputs)
     try:

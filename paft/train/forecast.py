@@ -39,6 +39,11 @@ def seconds(recipe: TrainRecipe, base: Path, tokenizer: Any, rows: Mapping[str, 
     return steps * (step / (REACHED * _rate()) + OVERHEAD)
 
 
+def answering(base: Path, read: float, written: float, steps: float) -> float:
+    """Seconds in which a model reads so many tokens without learning, and writes others in so many steps."""
+    return 2 * (read + written) * parameters(base) / (REACHED * _rate()) + OVERHEAD * steps
+
+
 def _mean_tokens(recipe: TrainRecipe, tokenizer: Any, rows: Sequence[Row], limit: int) -> float:
     head = list(islice(iter(rows), HEAD))
     return sum(min(sequence.length, limit) for row in render(tokenizer, head, recipe) for sequence in row) / len(head)

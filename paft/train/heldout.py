@@ -47,7 +47,8 @@ class HeldOut:
     scorer: Evaluator | None = None
     optima: Mapping[str, float]
     lam: float
-    before = evaluating = 0.0  # seconds of training in earlier processes, of evaluation in this one
+    before = evaluated = 0.0  # seconds of training and of evaluation in earlier processes
+    evaluating = 0.0  # of evaluation in this one
 
     def hold(self, held: Held, recipe: JointRecipe, optima: Mapping[str, float]) -> None:
         """Measure on ``held``, if it has rows of both objectives; ``optima`` = {"dpo": f*, "sft": f*}, or empty.
@@ -96,14 +97,16 @@ class HeldOut:
         cuda = torch.cuda.is_available()
         memory = round(torch.cuda.max_memory_allocated() / 1e6, 1) if cuda else peak_memory_mb()
         below = getattr(super(), "told", dict)()
-        return {"seconds": round(self.seconds, 3), "peak_memory_mb": memory, **below}
+        spent = round(self.evaluated + self.evaluating, 3)
+        return {"seconds": round(self.seconds, 3), "evaluation_seconds": spent, "peak_memory_mb": memory, **below}
 
     def kept(self) -> dict[str, Any]:
         """What a checkpoint needs beside the trainer's own."""
-        return {"seconds": self.seconds, **getattr(super(), "kept", dict)()}
+        spent = {"seconds": self.seconds, "evaluated": self.evaluated + self.evaluating}
+        return {**spent, **getattr(super(), "kept", dict)()}
 
     def restore(self, kept: dict[str, Any]) -> None:
-        self.before = kept.pop("seconds")
+        self.before, self.evaluated = kept.pop("seconds"), kept.pop("evaluated", 0.0)
         if kept:
             super().restore(kept)  # type: ignore[misc]
 

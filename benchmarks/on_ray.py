@@ -1,10 +1,10 @@
 """What Ray costs and gains on this machine: `paft run demo` by the local executor and by Ray, and whether stages overlap.
 
-    python benchmarks/ray.py [-o DIR] [--steps 60] [--workers 2]
+    python benchmarks/on_ray.py [-o DIR] [--steps 60] [--workers 2]
 
 Both run the demo's recipe with ``--steps`` a training, ``--workers`` at once, one core each. Overlap is the sum of the seconds of
 all trainings over the seconds from the first one's start to the last one's end: 1 is one after the other. Ray's own start and
-its workers' imports are in its wall time. Says whether the artefacts are the same, byte for byte. Writes benchmarks/ray.json.
+its workers' imports are in its wall time. Says whether the artefacts are the same, byte for byte. Writes benchmarks/on_ray.json.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def timed(out: Path, options: argparse.Namespace, *more: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     started = time.time()
     steps = [f"--set=defaults.{kind}.trainer.max_steps={options.steps}" for kind in ("sft", "dpo", "joint")]
-    line = [sys.executable, "-m", "paft", "run", "demo", "-o", str(out), "-q", "--json", *steps, "--workers", str(options.workers)]
-    subprocess.run([*line, *more], check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    line = ["paft", "run", "demo", "-o", str(out), "-q", "--json", *steps, "--workers", str(options.workers), *more]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *line], check=True, stdout=subprocess.DEVNULL, env=one)
     wall = time.time() - started
     trained = {file: json.loads(file.read_text())["wall_s"] for file in out.glob("adapters/*/paft.json")}
     ends = {file: file.stat().st_mtime for file in trained}
@@ -51,7 +52,7 @@ def main() -> None:
     found: dict[str, Any] = {"steps": options.steps, "workers": options.workers, "local": timed(local, options)}
     found["ray"] = timed(there, options, "--executor", "ray", "--address", "local")
     found["same_bytes"] = tensors(local) == tensors(there)
-    (HERE / "ray.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "on_ray.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
