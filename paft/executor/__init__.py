@@ -14,18 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paft.executor.ask import Ask as Ask
 from paft.parallel import Done, run_graph
 
 NAMES = ("local", "ray")
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a job needs of the node that it runs on; ``memory`` in bytes."""
-
-    cpus: float = 1
-    gpus: float = 0
-    memory: float = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paft.errors import PaftError, ResourceError, UsageError
-from paft.executor import Ask
+from paft.executor.ask import Ask
 from paft.progress import say
 from paft.provenance import versions
 

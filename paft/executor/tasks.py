@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from paft.errors import PaftError, ResourceError
-from paft.executor import Ask
+from paft.executor.ask import Ask
 from paft.executor.cluster import check_fits, check_shared
 from paft.parallel import Done
 from paft.progress import Progress, say

@@ -77,13 +77,11 @@ def merge(
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
     ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
-    ``resume`` takes the files that a killed merge has finished (`paft.merge.shards`), and keeps them at an interrupt.
-    ``executor``: who writes the files of a whole model (`paft.merge.spread`); it changes no byte either.
+    ``resume`` takes what a killed merge has finished (`paft.merge.shards`); ``executor`` says who writes (`paft.merge.spread`).
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
-    out = Path(out)
-    check_target(out, overwrite=overwrite)
+    check_target(out := Path(out), overwrite=overwrite)
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
