@@ -11,19 +11,11 @@ take the settings of the L1 merges that they control. The seed is not one of tho
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-from demo_settings import MERGE, best
-
-from paft.catalog import find
-from paft.recipe import RunRecipe, validate
-from paft.report.headtohead import ideal_distances
-from paft.run import run
-from paft.yamlfile import read_yaml
+from demo_settings import MERGE, best, measured, with_norms
 
 LAMBDAS = (1e-5, 3e-5, 1e-4, 3e-4)
 RATES = [{"trainer": {"learning_rate": value}} for value in (2e-3, 1e-3, 5e-4, 2e-4)]
@@ -63,22 +55,8 @@ def variant(data: dict[str, Any], index: int) -> dict[str, Any]:
     return chosen
 
 
-def with_norms(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return settings + [one | {"norm_like": "sft"} for one in settings]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/out/compare_settings"))
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--seed", type=int, default=100)
-    options = parser.parse_args()
-    data = read_yaml(find("compare")).data | {"model": options.model, "seed": options.seed}
-    scores = {}
-    for index in range(4):
-        report = run(validate(RunRecipe, variant(data, index)), options.out / str(index), resume=True)
-        scores |= {f"{row['id']}#{index}": row for row in report["rows"]}
-    distance = ideal_distances(scores)
+    distance = measured("compare", variant)
     for name in ALONE:
         print(f"{name:<24} {best(distance, [f'{name}#{k}' for k in range(4)], TRAIN[name])}")
     for method, settings in MERGE.items():

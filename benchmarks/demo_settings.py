@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,29 @@ def variant(data: dict[str, Any], index: int) -> dict[str, Any]:
     chosen["merge"] = {
         f"{method}{suffix}.{i}": {"of": [source, "dpo"], "method": method, **one}
         for suffix, source in (("", "sft"), ("-l1", "sft-l1")) for method, settings in MERGE.items()
-        for i, one in enumerate(_settings(settings, suffix)) if suffix or index == 0
+        for i, one in enumerate(with_norms(settings) if suffix else settings) if suffix or index == 0
     }
     chosen["evaluate"]["split"] = "validation"
     return chosen
 
 
-def _settings(settings: list[dict[str, Any]], suffix: str) -> list[dict[str, Any]]:
-    return settings + [one | {"norm_like": "sft"} for one in settings] if suffix else settings
+def with_norms(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return settings + [one | {"norm_like": "sft"} for one in settings]
+
+
+def measured(recipe: str, variant: Callable[[dict[str, Any], int], dict[str, Any]]) -> dict[str, float]:
+    """Ideal distance on the validation split of every row of the recipe's four variants, by row and variant: {"sft#0": ...}."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-o", "--out", type=Path, default=Path(f"benchmarks/out/{recipe}_settings"))
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--seed", type=int, default=100)
+    options = parser.parse_args()
+    data = read_yaml(find(recipe)).data | {"model": options.model, "seed": options.seed}
+    scores = {}
+    for index in range(4):
+        report = run(validate(RunRecipe, variant(data, index)), options.out / str(index), resume=True)
+        scores |= {f"{row['id']}#{index}": row for row in report["rows"]}
+    return ideal_distances(scores)
 
 
 def best(distance: dict[str, float], keys: list[str], settings: list[dict[str, Any]]) -> str:
@@ -71,17 +87,7 @@ def best(distance: dict[str, float], keys: list[str], settings: list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/out/demo_settings"))
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--seed", type=int, default=100)
-    options = parser.parse_args()
-    data = read_yaml(find("demo")).data | {"model": options.model, "seed": options.seed}
-    scores = {}
-    for index in range(4):
-        report = run(validate(RunRecipe, variant(data, index)), options.out / str(index), resume=True)
-        scores |= {f"{row['id']}#{index}": row for row in report["rows"]}
-    distance = ideal_distances(scores)
+    distance = measured("demo", variant)
     for name in ("sft-dpo", "dpo-sft", "dpo-sft-l1", "mix"):
         print(f"{name:<20} {best(distance, [f'{name}#{k}' for k in range(4)], TRAIN[name])}")
     for method, settings in MERGE.items():
@@ -91,7 +97,7 @@ def main() -> None:
     print(f"{'sft-l1':<20} l1 = {L1[chosen]:g}   ({', '.join(f'{L1[k]:g} {value:.2f}' for k, value in mean.items())})")
     for method, settings in MERGE.items():
         keys = [f"{method}-l1.{i}#{chosen}" for i in range(8)]
-        print(f"{method + '-l1':<20} {best(distance, keys, _settings(settings, '-l1'))}")
+        print(f"{method + '-l1':<20} {best(distance, keys, with_norms(settings))}")
     print(f"{'sft-l2':<20} {json.dumps(TRAIN['sft-l2'][chosen])} has about its norm")
 
 

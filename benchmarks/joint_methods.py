@@ -5,9 +5,8 @@
 Every row is a `paft train-joint` with one seed: LoRA r = 16, alpha = 32, on all linear layers, batch 4 of up to 192 tokens,
 AdamW, 2e-4, cosine with 10 % warm-up, λ = 0.5; of the data the rows of at most 600 characters, so that few are cut. f* comes
 from the two objectives alone at the same budget (--estimate-optima), which are rows too. A tenth of the prompts is held out by
-hash, ``--rows`` of either kind are scored at the start, half way and at the end. UFT, whose budget is one of steps, gets the
-steps that make about as many tokens. Rows that exist under ``--work`` are kept. Writes benchmarks/joint_methods.json, .md and
-.png, the last two as `paft compare` does.
+hash, ``--rows`` of either kind are scored at the start, half way and at the end. Rows that exist under ``--work`` are kept.
+Writes benchmarks/joint_methods.json, .md and .png, the last two as `paft compare` does.
 """
 
 from __future__ import annotations
@@ -56,19 +55,11 @@ def train(name: str, options: argparse.Namespace, data: dict[str, tuple[Path, Pa
     method, *own = METHODS[name]
     files = [word for role, flag in (("sft", "--sft"), ("pref", "--pref"))
              for word in (f"{flag}-data", str(data[role][0]), f"{flag}-eval-data", str(data[role][1]))]
-    budget = [f"--set=trainer.max_steps={uft_steps(options)}"] if method == "uft" else ["--max-tokens", str(options.tokens)]
     best = [] if name in ("uft", "dpo-sft-term") else ["--estimate-optima"]  # another loss has optima of its own
     print(name, flush=True)
-    paft("train-joint", "-m", str(options.model), "--method", method, *files, *budget, *best, *own,
+    paft("train-joint", "-m", str(options.model), "--method", method, *files, "--max-tokens", str(options.tokens), *best, *own,
          *(f"--set={item}" for item in SETS), "-o", str(out))
     return out
-
-
-def uft_steps(options: argparse.Namespace) -> int:
-    """Steps of four rows for the budget, by the mean tokens of a row in the ALRIGHT run, whose DPO rows are pairs."""
-    told = json.loads((options.work / "alright" / "paft.json").read_text())["metrics"]
-    rows = 4 * (told["sft_steps"] + 2 * told["dpo_steps"])
-    return max(1, round(options.tokens * rows / told["tokens"] / 4))
 
 
 def main() -> None:

@@ -74,12 +74,15 @@ class Reward:
     def __init__(self, name: str, batch_size: int = 16) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from paft.models import device
+        from paft.data.template import check_template
+        from paft.models import check_sizes, device
 
         path = hub.resolve(name, kind="reward model", patterns=hub.MODEL_FILES)
         self.batch_size = batch_size
         try:
+            check_sizes(path)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
+            check_template(self.tokenizer, name)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise NotFoundError(f"cannot load the reward model {name}: {str(error).splitlines()[0]}") from error

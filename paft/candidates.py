@@ -6,19 +6,18 @@ The base is in memory once: adapters are attached to it and taken off again, mer
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from paft import data, hub
 from paft.adapter import PATTERNS
 from paft.errors import MismatchError, UsageError
 from paft.evaluate import Evaluator, Held, judge_of
+from paft.jsonfile import read_json
 from paft.merge.job import Job
 from paft.merge.resident import Resident, open_job
-from paft.models import device, load_model, load_tokenizer, wrap
+from paft.models import check_load, device, load_model, load_tokenizer, resolve_base, wrap
 from paft.progress import Progress
 from paft.recipe import MergeRecipe
 
@@ -49,6 +48,8 @@ def score(names: Sequence[str], *, base: str | None, sft_data: str | None, pref_
         str(one.path) for job in jobs.values() for one in job.inputs.adapters])
     scorer = Evaluator(load_tokenizer(base or names[0], chat=chat, template=template), held, None, beta, batch_size, generate,
                        judge_of(pref_data))
+    for path in [None, *(resolve_base(name) for name in names if adapters[name] is None)]:  # the largest pair, before any work
+        check_load(*[each for each in (resolve_base(base) if base else None, path) if each])
     found: list[Row] = []
     with Progress("evaluate", len(names) + len(jobs) + bool(base), quiet=quiet) as show:
         model = load_model(base) if base else None
@@ -112,6 +113,8 @@ def _adapter_base(name: str) -> str | None:
     config = hub.resolve(name, kind="model or adapter", patterns=[*PATTERNS, *hub.MODEL_FILES]) / "adapter_config.json"
     if not config.is_file():
         return None
-    read = json.loads(Path(config).read_text())
-    revision = read.get("revision")
-    return (read.get("base_model_name_or_path") or "") + (f"@{revision}" if revision else "")
+    read = read_json(config)
+    named, revision = read.get("base_model_name_or_path"), read.get("revision")
+    if not all(each is None or isinstance(each, str) for each in (named, revision)):
+        raise MismatchError(f"{config}: base_model_name_or_path and revision should be names")
+    return (named or "") + (f"@{revision}" if revision else "")

@@ -59,6 +59,11 @@ class ResourceError(PaftError):
     exit_code = 5
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did the allocator of the machine or of a GPU refuse? By name and text: importing torch's classes would cost a second."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def one_line(text: str) -> str:
     """``text`` without line breaks, escape codes or an end out of sight: what it quotes may be a stranger's."""
     return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))[:_LONGEST]

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +61,7 @@ class Evaluator:
     generate: int = 0
     judge: Judge | None = None
     limit: int | None = None  # tokens of a row that are scored; None: what the model has positions for
+    share: tuple[int, int] = (0, 1)  # (i, n): this is process i of n, which all score their part of the batches
 
     def against(self, base: torch.nn.Module) -> Evaluator:
         """The same evaluator with ``base`` as the DPO reference."""
@@ -101,7 +103,13 @@ class Evaluator:
         return chosen, rejected
 
     def _logps(self, model: torch.nn.Module, coded: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-        return answer_logps(model, coded, self.tokenizer.pad_token_id, self.batch_size, self.limit)
+        found = answer_logps(model, coded, self.tokenizer.pad_token_id, self.batch_size, self.limit, self.share)
+        if self.share[1] == 1:
+            return found
+        from accelerate.utils import reduce
+
+        total, count = (reduce(each.to(model.device), "sum").cpu() for each in found)  # type: ignore[union-attr]
+        return total, count
 
     def _generated(self, model: torch.nn.Module) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -141,14 +149,19 @@ def _positions(model: Any) -> int:
 
 @torch.no_grad()
 def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, batch_size: int,
-                 limit: int | None = None) -> tuple[Tensor, Tensor]:
+                 limit: int | None = None, share: tuple[int, int] = (0, 1)) -> tuple[Tensor, Tensor]:
     """(summed log-probability, number of tokens) of each answer, float64 on the CPU, in the order given.
 
-    Rows are cut at ``limit`` or the model's ``max_position_embeddings``; what is cut off counts nothing.
+    Rows are cut at ``limit`` or the model's ``max_position_embeddings``; what is cut off counts nothing. Of n processes with
+    ``share`` = (i, n) each has its own batches, and zeros elsewhere: the sum of all is what one would find, bit for bit. They
+    call the model equally often (the last batch again), as a model that is sharded over them needs.
     """
     total, count = torch.zeros(len(coded), dtype=torch.float64), torch.zeros(len(coded), dtype=torch.float64)
     limit = min(limit or _positions(model), _positions(model))
-    for group in _batches([len(ids) for ids, _ in coded], batch_size):
+    groups = list(_batches([len(ids) for ids, _ in coded], batch_size))
+    mine, processes = share
+    for turn in range(mine, math.ceil(len(groups) / processes) * processes, processes):
+        group = groups[min(turn, len(groups) - 1)]
         width = min(max(len(coded[i][0]) for i in group), limit)
         ids = torch.full((len(group), width), pad)
         wanted = torch.zeros((len(group), width), dtype=torch.bool)
@@ -163,6 +176,8 @@ def answer_logps(model: Any, coded: Sequence[tuple[list[int], int]], pad: int, b
         picked = wanted[:, 1:].to(logits.device)
         loss = torch.nn.functional.cross_entropy(logits[picked].float(), ids[:, 1:].to(logits.device)[picked], reduction="none")
         rows = torch.tensor(group)[picked.nonzero()[:, 0].cpu()]
+        if turn >= len(groups):
+            continue
         total.index_add_(0, rows, -loss.double().cpu())
         count.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
     return total, count

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from paft.errors import MismatchError, NotFoundError, UsageError, did_you_mean
+from paft.errors import MismatchError, NotFoundError, PaftError, UsageError, did_you_mean
+from paft.jsonfile import read_json
 
 DEMO = Path(__file__).parent / "demo"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_LINKS = 20  # that lead on to one another
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -40,19 +44,49 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
 
 
 def contained(directory: Path) -> Path:
-    """``directory``; MismatchError for a snapshot of the hub in which a link leads out of its repository's part of the cache.
+    """``directory``; MismatchError where a link in it would bring a file of this machine into what is made, and so to the hub.
 
-    Such a link would bring a file of this machine into what is made, and up to the hub with it. Other directories are the
-    user's own, who may link as he likes.
+    In a snapshot of the hub no link may lead out of its repository's part of the cache. A directory of the user's own, which may
+    be a stranger's (an archive, a clone), may link weights from anywhere: they are read as tensors, and never copied unread. Any
+    other file that a link leads to outside must have the same name there, in the directory of a model or an adapter.
     """
     real = directory.resolve()
-    if real.parent.name != "snapshots" or not real.parents[1].name.startswith("models--"):
+    if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
+        for path in real.rglob("*"):
+            if path.is_symlink() and not path.resolve().is_relative_to(real.parents[1]):
+                raise MismatchError(f"{directory}: {path.name} is a link that leads out of the hub's cache",
+                                    hint="delete the snapshot, and download it again")
         return directory
-    for path in real.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(real.parents[1]):
-            raise MismatchError(f"{directory}: {path.name} is a link that leads out of the hub's cache",
-                                hint="delete the snapshot, and download it again")
+    for path in (*real.iterdir(), *real.glob("additional_chat_templates/*")):
+        if path.name.startswith(".") or path.suffix in WEIGHTS:
+            continue
+        if not path.resolve().is_relative_to(real) and not _leads_to_its_like(path, real):
+            raise MismatchError(f"{directory}: {path.name} is a link to {os.path.realpath(path)}, outside",
+                                hint="put the file itself there, if you trust it (cp -L)")
     return directory
+
+
+def _leads_to_its_like(path: Path, top: Path) -> bool:
+    """Does every link on the way lead to a file of the same name beside a model's or an adapter's config, or to a hub's blob?"""
+    for _ in range(_LINKS):
+        if not path.is_symlink():
+            return path.is_file()
+        place = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
+        here, there = path.parent.resolve(), place.parent.resolve()
+        blob = there.name == "blobs" and here.is_relative_to(there.parent / "snapshots") and not here.is_relative_to(top)
+        if not (blob or (place.name == path.name and _is_artefact(there))):
+            return False
+        path = there / place.name
+    return False
+
+
+def _is_artefact(directory: Path) -> bool:
+    """Does a config say that here is a model, or an adapter?"""
+    for name, key in (("config.json", "model_type"), ("adapter_config.json", "peft_type")):
+        with suppress(PaftError, OSError):
+            if key in read_json(directory / name):
+                return True
+    return False
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import logging as stdlib_logging
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft import hub
-from paft.data.template import choose_template
-from paft.errors import MismatchError, NotFoundError, ResourceError
+from paft.attach import check_finite, wrap
+from paft.data.template import LARGEST, check_template, choose_template
+from paft.errors import MismatchError, NotFoundError, ResourceError, is_out_of_memory
+from paft.jsonfile import LIMIT, read_header, read_json
+from paft.preflight import check_memory
+from paft.provenance import tensor_files
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LAYERS = 10_000  # at most, of a model without weights
+_AGAIN = "copy or download it again"
+VOCABULARY = 256_000_000  # bytes; the largest in use has 35 MB
 
 
 def free_cores() -> int:
@@ -62,6 +72,11 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def sharded() -> bool:
+    """Was this process launched to hold a part of each tensor (FSDP)? As `accelerate launch` says it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def resolve_base(name: str) -> Path:
     """The directory of a base model; NotFoundError unless it holds a config."""
     path = hub.resolve(name, kind="model", patterns=hub.MODEL_FILES)
@@ -72,6 +87,47 @@ def resolve_base(name: str) -> Path:
     return path
 
 
+def load_config(path: Path) -> Any:
+    """transformers' config of a model directory; MismatchError for one that it cannot read, or that its weights belie.
+
+    Code that comes with a model is never run.
+    """
+    from transformers import AutoConfig
+
+    read_json(path / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    except Exception as error:  # validators and the classes of all architectures raise what they like
+        raise _odd_config(path, error) from error
+    held = sum(len(read_header(file)[0]) for file in tensor_files(path)) or LAYERS
+    if isinstance(layers, int) and layers > held:
+        raise MismatchError(f"the config of {path} says {layers} layers, and its files hold {held} tensors", hint=_AGAIN)
+    return config
+
+
+def _odd_config(path: Path, error: Exception) -> MismatchError:
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return MismatchError(f"{path} is of an architecture of its own, with code that paft does not run",
+                             hint="choose a model that transformers knows by itself")
+    return MismatchError(f"the config of {path} is none that transformers can use: {_said(error)}", hint=_AGAIN)
+
+
+def _said(error: Exception) -> str:
+    """The error's text on one line, with its type where that is half of it."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError | OSError) and text else f"{type(error).__name__} {text}".strip()
+
+
+def check_sizes(path: Path) -> None:
+    """MismatchError for a file of a tokenizer or a configuration that is too large to be one: it is read whole."""
+    for file in path.iterdir():
+        most = {".jinja": LARGEST, ".json": LIMIT, ".txt": LIMIT, ".model": LIMIT}.get(file.suffix)
+        most = VOCABULARY if file.name in ("tokenizer.json", "vocab.json", "tokenizer.model") else most
+        if most is not None and file.is_file() and file.stat().st_size > most:
+            raise MismatchError(f"{file} is larger than {most / 1e6:.0f} MB", hint="no tokenizer or configuration is")
+
+
 def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a pad token; MismatchError without a chat template when ``chat`` data needs one.
 
@@ -80,10 +136,13 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
     from transformers import AutoTokenizer
 
     path = resolve_base(name)
+    check_sizes(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise NotFoundError(f"{name} has no tokenizer that transformers can load: {_first_line(error)}") from error
+    except Exception as error:  # of a file that is JSON, and none of a tokenizer's
+        raise MismatchError(f"the tokenizer of {name} is damaged: {_said(error)}", hint=_AGAIN) from error
     if tokenizer.eos_token_id is None:
         raise MismatchError(f"the tokenizer of {name} has no eos token: a model trained with it would never stop",
                             hint="set eos_token in its tokenizer_config.json")
@@ -92,6 +151,8 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
         tokenizer.pad_token = tokenizer.eos_token
     if template:
         choose_template(tokenizer, template)
+    elif chat:
+        check_template(tokenizer, name)
     if chat and not tokenizer.chat_template:
         raise MismatchError(f"{name} has no chat template, and the data is conversational",
                             hint="choose one, for example --chat-template zephyr, or use prompt / completion strings")
@@ -99,32 +160,60 @@ def load_tokenizer(name: str, *, chat: bool = True, template: str | None = None)
     return tokenizer
 
 
-def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quantize: str | None = None) -> PreTrainedModel:
+def check_load(*paths: Path, dtype: str = "float32", quantize: str | None = None) -> None:
+    """ResourceError where the weights of these models do not fit together into the memory of the default device.
+
+    A lower bound, from the headers of their files: activations come on top.
+    """
+    import torch
+
+    width = 0.5 if quantize else getattr(torch, dtype).itemsize
+    headers = [read_header(file)[0] for path in paths for file in tensor_files(path)]
+    shapes = [entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"]
+    said, needed = f"to load {' and '.join(path.name for path in paths)}", width * sum(map(math.prod, shapes))
+    if device() == "cpu":
+        check_memory(said, needed, "choose a smaller base or dtype: bfloat16, or end other programs")
+    elif (free := torch.cuda.mem_get_info()[0]) < needed:
+        raise ResourceError(f"{said} takes {needed / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free",
+                            hint="choose a smaller base, dtype: bfloat16 or quantize: 4bit; or CUDA_VISIBLE_DEVICES= for the CPU")
+
+
+def load_model(name: str, *, on: str | None = None, dtype: str = "float32", quantize: str | None = None,
+               finite: bool = True) -> PreTrainedModel:
     """The base in ``dtype`` on the default device; with ``on`` that adapter's ΔW is folded in, in float32.
 
-    ``quantize="4bit"``: the linear layers as NF4, doubly quantised (QLoRA, arXiv 2305.14314), by bitsandbytes. Raises
-    NotFoundError / MismatchError for what is missing or does not fit, ResourceError without bitsandbytes.
+    Its weights are looked at for NaN (``finite``). ``quantize="4bit"``: the linear layers as NF4, doubly quantised (QLoRA,
+    arXiv 2305.14314), by bitsandbytes. Raises NotFoundError / MismatchError for what is missing or does not fit,
+    ResourceError without bitsandbytes or the memory.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = resolve_base(name)
+    load_config(path)
+    check_load(path, dtype="float32" if on else dtype, quantize=quantize)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="float32" if on else dtype, use_safetensors=True,
                                                            output_loading_info=True, **_quantized(quantize))
     except (OSError, ValueError) as error:
         raise NotFoundError(f"cannot load {name}: {_first_line(error)}") from error
     except (SafetensorError, RuntimeError) as error:
-        raise MismatchError(f"cannot load {name}: {_first_line(error)}", hint="copy or download it again") from error
+        if is_out_of_memory(error):
+            raise
+        raise MismatchError(f"cannot load {name}: {_first_line(error)}", hint=_AGAIN) from error
+    except Exception as error:  # of an odd config: whatever the architecture's own code meets
+        raise MismatchError(f"cannot load {name}: {_said(error)}", hint=_AGAIN) from error
     model, info = loaded
     if info["missing_keys"]:
         # transformers would draw them at random and say so in a log that nobody reads.
         raise MismatchError(f"{name} lacks tensors that its config asks for: {', '.join(sorted(info['missing_keys'])[:3])}",
-                            hint="copy or download it again")
+                            hint=_AGAIN)
+    if finite:
+        check_finite(model.named_parameters(), name)
     if quantize:
         return model
-    model = model.to(device())  # type: ignore[arg-type]
+    model = model.to("cpu" if sharded() else device())  # type: ignore[arg-type]  # FSDP moves its share only
     return model if on is None else _fold(model, on).to(getattr(torch, dtype))
 
 
@@ -165,33 +254,21 @@ def _fold(model: Any, on: str) -> PreTrainedModel:
 
 
 def skeleton(path: Path) -> PreTrainedModel:
-    """The model of a directory's config without storage (meta device): for shapes and names."""
+    """The model of a directory's config without storage (meta device): for shapes and names; MismatchError for an odd config."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _odd_config(path, error) from error
 
 
 def parameters(path: Path) -> int:
     """Number of parameters of the model in ``path``."""
     return sum(parameter.numel() for parameter in skeleton(path).parameters())
-
-
-def wrap(model: PreTrainedModel, adapter: str | Path) -> Any:
-    """``model`` with a trained adapter on it, frozen: plain `PeftModel.from_pretrained`."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    path = hub.resolve(str(adapter), kind="adapter")
-    if not (path / "adapter_config.json").is_file():
-        raise NotFoundError(f"{adapter} is no adapter: it has no adapter_config.json")
-    try:
-        with warnings.catch_warnings():  # PEFT leaves what the file lacks at its random start, with a warning
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(path))
-    except (SafetensorError, RuntimeError, ValueError, OSError, UserWarning) as error:
-        raise MismatchError(f"{adapter} does not fit this base: {_first_line(error)}") from error
 
 
 def linear_names(model: Module) -> list[str]:

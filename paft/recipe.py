@@ -27,6 +27,7 @@ class DataSource(Strict):
 
 
 Sources = str | list[str | DataSource]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]  # numpy takes no other
 
 
 class TrainRecipe(Strict):
@@ -49,7 +50,7 @@ class TrainRecipe(Strict):
     l1_warmup: Coefficient = 0.0
     l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient = 0.0
-    seed: int = 0
+    seed: Seed = 0
     streaming: bool = False
     eval_fraction: Fraction = 0.0
     early_stopping: EarlyStopping | None = None
@@ -88,7 +89,8 @@ class PreferenceRecipe(TrainRecipe):
     loss: Annotated[dict[str, Coefficient], BeforeValidator(_weighted)] = {"sigmoid": 1.0}
     reference: str | None = None
     reference_sft: dict[str, Any] = {}
-    beta: Annotated[float, Field(gt=0)] = Field(default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default_factory=lambda said: BETAS.get(" ".join(said.get("loss", ())), 0.1))
 
 
 class DpoRecipe(DataRecipe, PreferenceRecipe):
@@ -145,7 +147,7 @@ class MergeRecipe(Strict):
     dialect: str = "mergekit"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    seed: int = 0
+    seed: Seed = 0
     engine: Literal["paft", "mergekit"] = "paft"
 
 
@@ -190,7 +192,7 @@ class RunTrain(Strict):
     l1_warmup: Coefficient | None = None
     l1_target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     l2: Coefficient | None = None
-    beta: Annotated[float, Field(gt=0)] | None = None
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     loss: str | dict[str, Coefficient] | None = None
     reference: str | None = None
     method: str | None = None
@@ -219,7 +221,7 @@ class RunRecipe(Strict):
     kind: Literal["run"] = "run"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # a directory under merges/
     model: str
-    seed: int = 0
+    seed: Seed = 0
     data: RunData
     defaults: Defaults = Defaults()
     train: dict[str, RunTrain]

@@ -5,7 +5,8 @@
     .X.partial/X       what is being written; what a dead process left there goes when the next one begins
     .X.old/X           the old X until the new one stands; the next process puts it back if this one died in between
 
-`output_dir` writes a whole directory so; `set_aside` replaces one that grows in place, such as a run's.
+`output_dir` writes a whole directory so; `set_aside` replaces one that grows in place, such as a run's. Whoever works long
+before he writes, as a training does, holds the `claim` from his first step on and gives its room to `output_dir`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError
@@ -25,7 +26,18 @@ from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError
 MANIFEST = "paft.json"
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
 _LOCK = "lock"
+_held: set[int] = set()  # open locks of this process
 HELD = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+def _let_go() -> None:
+    """In a forked process, such as a data loader's worker: it outlives a parent that was killed, whose lock it must not keep."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def no_room(error: BaseException) -> str | None:
@@ -57,6 +69,8 @@ def make_parent(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise MismatchError(f"{target.parent} is a file, or lies below one", hint="choose another -o DIR") from error
     except PermissionError as error:
         raise NotFoundError(f"cannot write in {target.parent}: permission denied") from error
     except OSError as error:
@@ -64,16 +78,17 @@ def make_parent(target: Path) -> None:
 
 
 @contextmanager
-def output_dir(target: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+def output_dir(target: Path, *, overwrite: bool = False, resume: bool = False, room: Path | None = None) -> Iterator[Path]:
     """Yield a scratch directory that becomes ``target`` when the block succeeds and vanishes when it does not.
 
     With ``overwrite`` the old directory is moved aside first and removed only after the new one stands in its place. With
-    ``resume`` it holds what a killed process has left there, and an interrupt or a full disk leaves it for the next. Raises
-    MismatchError where ``target`` stands in the way or another process writes it, ResourceError where the disk is full.
+    ``resume`` it holds what a killed process has left there, and an interrupt or a full disk leaves it for the next. ``room``
+    is that of a `claim` on ``target`` which the caller holds. Raises MismatchError where ``target`` stands in the way or
+    another process writes it, ResourceError where the disk is full.
     """
     check_target(target, overwrite=overwrite)
     given, target = target, Path(os.path.realpath(target))  # where a link leads, and the scratch directory beside that
-    with claim(target, keep=resume) as room:
+    with nullcontext(room) if room else claim(target, keep=resume) as room:
         check_target(target, overwrite=overwrite)  # it may have been made since
         scratch = room / target.name
         try:
@@ -124,14 +139,14 @@ def claim(target: Path, *, keep: bool = False) -> Iterator[Path]:
         (room / _LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # the next process stands in the door
             room.rmdir()
-        os.close(lock)
+        release(lock)
 
 
 def _lock(room: Path, target: Path) -> int:
     while True:
         room.mkdir(exist_ok=True)
         try:
-            lock = os.open(room / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            lock = hold(os.open(room / _LOCK, os.O_RDWR | os.O_CREAT, 0o666))
         except FileNotFoundError:  # its last owner has just removed the room
             continue
         try:
@@ -143,9 +158,20 @@ def _lock(room: Path, target: Path) -> int:
         except OSError as error:
             if error.errno not in HELD:
                 return lock
-            os.close(lock)
+            release(lock)
             raise MismatchError(f"another process is writing {target}", hint="wait for it, or choose another -o DIR") from None
-        os.close(lock)
+        release(lock)
+
+
+def hold(lock: int) -> int:
+    """``lock``, an open file, to be closed in every process that is forked from this one: it alone keeps what is locked."""
+    _held.add(lock)
+    return lock
+
+
+def release(lock: int) -> None:
+    _held.discard(lock)
+    os.close(lock)
 
 
 def _empty(room: Path) -> None:

@@ -118,6 +118,37 @@ def test_log_probabilities_are_the_plain_ones(base: Any) -> None:
         assert found.item() == pytest.approx(float(wanted), abs=1e-5)
 
 
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_the_shares_of_several_processes_add_up(processes: int, base: Any) -> None:
+    """To the bit, and each calls the model equally often."""
+    draw = torch.Generator().manual_seed(3)
+    coded = [(torch.randint(5, 60, (3 + i % 4,), generator=draw).tolist(), 1) for i in range(7)]
+    calls: list[int] = []
+
+    def counted(**inputs: Any) -> Any:
+        calls[-1] += 1
+        return base(**inputs)
+
+    parts = []
+    for mine in range(processes):
+        calls.append(0)
+        parts.append(answer_logps(_Called(base, counted), coded, 0, 2, share=(mine, processes)))
+    whole = answer_logps(base, coded, 0, 2)
+    for each, wanted in zip(zip(*parts, strict=True), whole, strict=True):
+        assert torch.equal(sum(each), wanted)  # type: ignore[arg-type]
+    assert len(set(calls)) == 1
+
+
+class _Called:
+    """A model whose calls are counted."""
+
+    def __init__(self, model: Any, call: Any) -> None:
+        self.device, self.config, self.call = model.device, model.config, call
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.call(**inputs)
+
+
 def test_rows_longer_than_the_context_are_cut(tmp_path: Path) -> None:
     """GPT-2 has a table of positions: one token too many is an index error."""
     torch.manual_seed(0)

@@ -132,6 +132,53 @@ def test_the_links_of_a_hub_snapshot_are_followed(tmp_path: Path) -> None:
     assert resolve(str(place)) == place
 
 
+def link(directory: Path, name: str, leads_to: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).symlink_to(leads_to)
+    return directory
+
+
+def test_weights_may_be_linked_from_anywhere_and_other_files_from_a_model(tiny_base: Path, tmp_path: Path) -> None:
+    farm = tmp_path / "farm"
+    for file in tiny_base.iterdir():
+        link(farm, file.name, file)
+    link(farm, "model-00009-of-00009.safetensors", tmp_path / "disk" / "part.safetensors")
+    assert resolve(str(link(tmp_path, "link", farm) / "link")) == tmp_path / "link"  # a directory may be a link itself
+    place = snapshot(tmp_path / "hub", Path("../../blobs/1"))
+    (place / "config.json").resolve().write_text('{"model_type": "llama"}')
+    assert resolve(str(link(tmp_path / "of-hub", "tokenizer.json", place / "tokenizer.json"))) == tmp_path / "of-hub"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "id_rsa", "chat_template.jinja", "additional_chat_templates/x.jinja"])
+@pytest.mark.parametrize("how", ["plain", "beside a config of something else", "by its own directory", "as a blob"])
+def test_a_link_to_a_file_of_this_machine_is_refused(name: str, how: str, tmp_path: Path) -> None:
+    home, model = tmp_path / "home", tmp_path / "model"
+    home.mkdir()
+    (home / Path(name).name).write_text("secret")
+    (home / "config.json").write_text('{"auths": {}}')
+    leads_to = home / Path(name).name
+    if how == "plain":
+        leads_to = leads_to.rename(home / "other")
+    elif how == "by its own directory":
+        link(model / "inner", Path(name).name, leads_to)
+        (model / "inner" / "config.json").write_text('{"model_type": "llama"}')
+        leads_to = model / "inner" / Path(name).name
+    elif how == "as a blob":
+        (home / "blobs").mkdir()
+        model, leads_to = home / "snapshots" / "x", leads_to.rename(home / "blobs" / "1")
+    place = model / name
+    link(place.parent, place.name, leads_to)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MismatchError, match="outside"):
+        resolve(str(model))
+
+
+def test_a_directory_that_is_linked_is_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    with pytest.raises(MismatchError, match="outside"):
+        resolve(str(link(tmp_path / "model", "additional_chat_templates", tmp_path / "home")))
+
+
 @pytest.mark.parametrize("pattern", [r"(?:[\w.]+)+[!?]", r"(\w|\w|[a-z.]+)*[!?]", r"(([\w.])+)+\2\2\2[!?]", "(", "x" * 20_000])
 def test_a_pattern_of_an_adapter_ends(pattern: str) -> None:
     started = time.process_time()

@@ -121,6 +121,33 @@ def test_what_is_not_of_this_merge_is_written_again(spoil: str, command: list[st
     assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "whole")
 
 
+def test_a_finished_merge_is_taken_as_it_is_and_another_is_refused(command: list[str], tmp_path: Path, capsys: Capture) -> None:
+    assert invoke([*command, "--resume"]) == 0
+    first, stamp = json.loads(capsys.readouterr().out), (tmp_path / "out").stat().st_ino
+    assert invoke([*command, "--resume"]) == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out) == first and "finished already" in again.err
+    assert (tmp_path / "out").stat().st_ino == stamp
+    assert invoke(command) == 3 and "not empty" in capsys.readouterr().err
+    for more, said in ((["--seed", "7"], "seed"), (["-p", "density=0.4"], "parameters"), (["--dtype", "float16"], "dtype")):
+        assert invoke([*command, "--resume", *more]) == 3
+        assert f"its {said} differs" in capsys.readouterr().err
+    config = Path(command[1]) / "adapter_config.json"
+    text = config.read_text()
+    try:
+        config.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 16'))
+        assert invoke([*command, "--resume"]) == 3
+        assert "its inputs differs" in capsys.readouterr().err
+    finally:
+        config.write_text(text)
+    file = next((tmp_path / "base").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert invoke([*command, "--resume"]) == 3
+    assert "its base differs" in capsys.readouterr().err and (tmp_path / "out").stat().st_ino == stamp
+
+
 def test_only_whole_models_of_our_own_engine_are_resumed(command: list[str], tmp_path: Path, capsys: Capture) -> None:
     for more in (["--output-kind", "delta"], ["--engine", "mergekit"]):
         plain = [each for each in command if each != "--no-check"]

@@ -48,7 +48,7 @@ def no_config(base: Path) -> None:
     ("spoil", "kind", "said"),
     [
         (lose_a_tensor, MismatchError, "model.layers.1.mlp.up_proj.weight"),
-        (cut, MismatchError, "cannot load"),
+        (cut, MismatchError, "not a complete safetensors file"),
         (only_a_pickle, NotFoundError, "cannot load"),
         (no_config, NotFoundError, "no config.json"),
     ],

@@ -129,6 +129,41 @@ def test_a_file_system_without_locks_still_works(tmp_path: Path, monkeypatch: py
     assert names(tmp_path) == ["out", "out/file"]
 
 
+ORPHAN = """
+import os, signal, sys, time
+from pathlib import Path
+from paft.target import output_dir
+with output_dir(Path(sys.argv[1])) as directory:
+    if (child := os.fork()) == 0:
+        sys.stdin.read()
+        os._exit(0)
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_workers_of_a_killed_process_keep_nothing_locked(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin and process.stdout
+    child = int(process.stdout.readline())
+    process.wait()
+    os.kill(child, 0)  # it lives on
+    with output_dir(tmp_path / "out") as directory:
+        (directory / "file").touch()
+    process.stdin.close()
+    assert names(tmp_path) == ["out", "out/file"]
+
+
+def test_who_holds_the_claim_writes_in_its_room(tmp_path: Path) -> None:
+    with claim(tmp_path / "out") as room:
+        with output_dir(tmp_path / "out", room=room) as directory:
+            (directory / "file").touch()
+        with pytest.raises(MismatchError, match="not empty"), output_dir(tmp_path / "out", room=room):
+            raise AssertionError("worked")
+    assert names(tmp_path) == ["out", "out/file"]
+
+
 def test_a_room_that_vanishes_under_the_lock_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = fcntl.flock, []
 

@@ -15,7 +15,6 @@ from test_train_penalised import sft_trainer
 from trainkit import distance
 
 from paft.errors import MismatchError
-from paft.recipe import SftRecipe
 from paft.train.distributed import check_layout
 
 
@@ -79,14 +78,10 @@ def test_layouts_that_hide_the_factors_are_refused_with_the_reason() -> None:
         check_layout(fine)
 
 
-def test_a_trainer_is_refused_when_it_is_built_and_only_with_a_penalty(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FSDP needs a GPU in accelerate, so its plugin is put where `Trainer` would have put it."""
+def test_a_trainer_is_refused_when_it_is_built(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU accelerate makes no plugin of FSDP1's, so it is put where `Trainer` would have put it."""
     trainer = sft_trainer(tiny_base, tmp_path)
     assert trainer.is_fsdp_enabled is False and hasattr(type(trainer.accelerator.state), "deepspeed_plugin")
     monkeypatch.setitem(vars(trainer.accelerator.state), "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=1))
-    for fields in ({"l1": 1e-3}, {"l2": 1.0}, {"l1_target_sparsity": 0.9}):
-        with pytest.raises(MismatchError, match="FSDP1"):
-            trainer.recipe = SftRecipe(**fields)
-    trainer.recipe = SftRecipe()
+    with pytest.raises(MismatchError, match="FSDP1"):
+        trainer.create_accelerator_and_postprocess()

@@ -46,3 +46,7 @@ def test_tokens_and_passes_are_counted(
     both = {"sft_data": files["sft"], "pref_data": files["pref"], "lam": 0.25}
     assert work(JointRecipe(**model, **both, method="alright"), tmp_path, monkeypatch) == pytest.approx(0.25 * dpo + 0.75 * sft)
     assert work(JointRecipe(**model, **both, method="mix"), tmp_path, monkeypatch) == pytest.approx(dpo + sft)
+    wide = {**both, "method": "mix", "sft_batch_size": 6}
+    assert work(JointRecipe(**model, **wide), tmp_path, monkeypatch) == pytest.approx(dpo + 3 * sft)
+    uft = {**both, "method": "uft", "lam": 1.0}  # a pair is two of its rows
+    assert work(JointRecipe(**model, **uft), tmp_path, monkeypatch) == pytest.approx(0.5 * dpo)

@@ -138,3 +138,12 @@ def test_what_is_made_of_sft_rows_is_what_its_own_trainer_makes(options: dict[st
         trainer.train()
     assert identical(factors(both), factors(other))
     assert not identical(factors(both), factors(plain))
+
+
+@pytest.mark.parametrize(("method", "lam", "expected"), [
+    ("mix", 0.0, False), ("mix", 0.4, True), ("alright", 0.0, False), ("alright", 0.4, False), ("alright", 0.9, True)])
+def test_the_reference_is_asked_before_only_where_pairs_are_read_twice(
+    method: str, lam: float, expected: bool, tiny_base: Path, tmp_path: Path
+) -> None:
+    options = {"max_steps": 4, "per_device_train_batch_size": 4}  # two passes over 8 pairs, if all steps take them
+    assert joint_trainer(tiny_base, tmp_path, method=method, lam=lam, trainer=options).precompute_ref_logps is expected

@@ -14,6 +14,7 @@ from trainkit import sft_rows
 
 from paft.cli import invoke
 from paft.errors import MismatchError, ResourceError
+from paft.target import output_dir
 from paft.train import stage, work
 from paft.train.stage import plan, train
 
@@ -108,8 +109,10 @@ def test_two_processes_do_not_train_into_one_place(tiny_base: Path, tmp_path: Pa
     made = recipe(tiny_base, trainer=SHORT)
     begun = stage._begun(made, SFT_ROWS)
     with work.work_dir(tmp_path / "a", begun, resume=False, overwrite=False):
-        with pytest.raises(MismatchError, match="another process is training"):
+        with pytest.raises(MismatchError, match="another process is writing"):
             train(made, tmp_path / "a", rows=SFT_ROWS, overwrite=True, quiet=True)
+        with pytest.raises(MismatchError, match="another process is writing"), output_dir(tmp_path / "a", overwrite=True):
+            raise AssertionError("a merge, say, has begun where a training is at work")
         assert (tmp_path / "a.partial" / work.BEGUN).exists()
 
 

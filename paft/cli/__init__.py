@@ -6,11 +6,12 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 
 import click
 
-from paft.errors import PaftError, one_line
+from paft.errors import PaftError, is_out_of_memory, one_line
 
 SMALLER = "use a smaller batch (--set trainer.per_device_train_batch_size=1)"
 EPILOG = "Start with `paft run demo`. Every command: `paft COMMAND --help`."
@@ -69,7 +70,7 @@ def _interrupt(number: int, frame: object) -> None:
 def invoke(arguments: list[str]) -> int:
     """Run one command line and return its exit code; a user's mistake prints one line, ``--traceback`` prints all."""
     try:
-        code = cli.main(arguments, prog_name="paft", standalone_mode=False)
+        code = cli.main(arguments, prog_name="paft", standalone_mode=False, obj=arguments)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except PaftError as error:
@@ -91,20 +92,22 @@ def invoke(arguments: list[str]) -> int:
         return _fail(message, hint, 128 + Stop.number, arguments)
     except BrokenPipeError:
         return 0
-    except MemoryError:
-        return _fail("out of memory", SMALLER, 5, arguments)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it here would cost a second
-            return _fail(f"out of memory: {error}", SMALLER, 5, arguments)
+        if is_out_of_memory(error):
+            return _fail(f"out of memory: {error}".rstrip(": "), SMALLER, 5, arguments)
         if isinstance(error, OSError) and error.strerror is not None:  # a failed read or write of an open file has no name
             missing = isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError | NotADirectoryError)
             code = 4 if missing else 3 if isinstance(error, FileExistsError) else 5
             return _fail(f"{error.filename or 'reading or writing'}: {error.strerror.lower()}", None, code, arguments)
+        if "LOCAL_RANK" in os.environ and "by peer" in str(error):  # gloo's; the other one says why
+            return _fail("another process of this training has ended", None, 1, arguments)
         return _fail(f"{type(error).__name__}: {error}".split("\n")[0],
                      "this is a bug in paft; please report it with the output of --traceback", 1, arguments)
 
 
 def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> int:
+    if os.environ.get("RANK", "0") != "0" and _told_by_the_first(code):
+        return code
     if "--traceback" in arguments:
         traceback.print_exc()
     if sys.stderr.isatty():
@@ -112,3 +115,12 @@ def _fail(message: str, hint: str | None, code: int, arguments: list[str]) -> in
     message = one_line(message)
     click.echo(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), err=True)
     return code
+
+
+def _told_by_the_first(code: int) -> bool:
+    """In a process that follows: what ends all of them is said once, by the first; its launcher ends this one meanwhile."""
+    try:
+        time.sleep(0 if code >= 128 else 5)
+    except KeyboardInterrupt:
+        return True
+    return code >= 128

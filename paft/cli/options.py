@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ allow_base_mismatch = click.option("--allow-base-mismatch", is_flag=True, help="
 def set_option(example: str) -> Callable[[F], F]:
     """``--set``, with an example that suits the command's recipe."""
     return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=f"Set any key of the recipe, e.g. {example}.")
+
+
+def finite(ctx: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """A callback: no range of click's refuses nan."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number", ctx, option)
+    return value
 
 
 executor = stack(

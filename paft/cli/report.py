@@ -24,6 +24,7 @@ _ANSWERED = ("alpaca_out", "judge", "reward_model")
               help="Score greedy answers of at most this length too.")
 @click.option("--rows", metavar="NUMBER", type=click.IntRange(1), help="Use at most this many rows of each kind.")
 @click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True,
+              callback=options.finite,
               help="β of the DPO loss.")
 @click.option("--batch-size", metavar="NUMBER", type=click.IntRange(1), default=16, show_default=True, help="Rows in one pass.")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness; leaderboard-v1 and -v2 are presets.")

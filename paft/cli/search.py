@@ -31,12 +31,14 @@ from paft.errors import UsageError
 @click.option("--pref-test", metavar="DATA", help="Likewise.")
 @click.option("--base", metavar="MODEL", help="The base  [default: what the adapters name].")
 @click.option("--beta", metavar="NUMBER", type=click.FloatRange(min=0, min_open=True), default=0.1, show_default=True,
+              callback=options.finite,
               help="β of the DPO loss (a run's is in its recipe).")
 @click.option("--rows", metavar="NUMBER", type=click.IntRange(1), help="Use at most this many rows of each kind.")
 @click.option("--batch-size", metavar="NUMBER", type=click.IntRange(1), help="Rows in one pass.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
               help="Of the base in memory.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the search and of DARE's masks.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
+              help="Seed of the search and of DARE's masks.")
 @options.executor
 @click.option("--workers", type=click.IntRange(1), metavar="N",
               help="With --executor ray: tasks that join the study  [default: as the cluster has room].")

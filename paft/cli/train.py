@@ -11,6 +11,7 @@ import click
 from paft.cli import options
 from paft.cli.sample import sample_lines
 from paft.errors import UsageError
+from paft.launch import follow, launch, launched
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
 
 MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`.")
@@ -56,6 +57,8 @@ LAST = options.stack(
     click.option("--seed", type=int, help="Seed of adapter, data order and dropout."),
     options.dry_run, options.overwrite,
     click.option("--resume", is_flag=True, help="Finish what a killed process began; the result is the same."),
+    click.option("--devices", metavar="N", type=click.IntRange(1), help="Train on N GPUs of this machine, or N CPU processes."),
+    click.option("--fsdp", is_flag=True, help="With --devices: shard the model over them (FSDP2); else a copy on each."),
     options.common,
 )
 
@@ -173,7 +176,9 @@ def _check_use(recipe: Any, given: dict[str, Any]) -> None:
 
 def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
     names = ("file", "sets", "out", "overwrite", "resume", "dry_run", "show_sample", "as_json", "quiet", "traceback")
-    common = {key: given.pop(key) for key in names}
+    common, devices, fsdp = {key: given.pop(key) for key in names}, given.pop("devices"), given.pop("fsdp")
+    if fsdp and not devices:
+        raise UsageError("--fsdp shards the model over several GPUs, and --devices says how many", hint="add --devices 8")
     given |= _data(given)
     file = options.recipe_file(common["file"])
     recipe = load(kind, file, common["sets"], given)
@@ -182,6 +187,9 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
                          hint="add --l1 1e-4 or --l1-target-sparsity 0.9")
     _check_use(recipe, given)
     out = common["out"] or Path("adapters") / (file.stem if file else name)
+    follow()
+    if devices and not (launched(devices) or common["show_sample"] or common["dry_run"]):
+        raise click.exceptions.Exit(launch(click.get_current_context().find_root().obj, devices, shard=fsdp))
 
     from paft.models import quiet_libraries
 
@@ -257,7 +265,10 @@ def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]
     told = ", ".join(f"{label} {metrics[key]:.4g}" for key, label in names.items() if key in metrics)
     sparse = recipe.l1 or recipe.l1_target_sparsity
     follow = f"paft sparsity-report {out}" if sparse else f"paft merge {out} OTHER_ADAPTER --method ties"
-    if recipe.full:
+    if isinstance(recipe, JointRecipe):  # is both already
+        held = "eval_sft_loss" in metrics
+        follow = f"paft compare {out} OTHER_TRAINING" if held else f"paft eval {out} --sft-data ... --pref-data ..."
+    elif recipe.full:
         follow = f"paft merge {out} OTHER --base {recipe.model} --method ties"
     best = f", the best kept: that of step {int(metrics['best_step'])}" if "best_step" in metrics else ""
     first = f"{out}: {int(metrics['steps'])} steps in {manifest['wall_s']:.0f} s{best}"

@@ -101,11 +101,22 @@ def convert(rows: Iterable[Row], role: Role, columns: Mapping[str, str]) -> Iter
             names = frozenset(row)
             if names not in found:
                 found[names] = layout(row, role, columns)
-            yield number, list(found[names](row))
+            shaped = list(found[names](row))
+            _check_text(shaped)
+            yield number, shaped
         except PaftError as error:
             if not found:
                 raise UsageError(f"row {number}: {error.message}", hint=error.hint) from None
             yield number, error
+
+
+def _check_text(rows: list[Row]) -> None:
+    """JSON can write half of a surrogate pair, which is no character: no tokenizer and no file takes it."""
+    try:
+        for row in rows:
+            row_key(row).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"its text holds half of a surrogate pair, {error.object[error.start]!a}") from None
 
 
 def _load(part: DataSource, role: Role, split: Split | None, how: Reading) -> list[Row]:

@@ -28,7 +28,7 @@ def check_model(directory: Path, check: bool | None) -> dict[str, Any] | None:
 
     quiet_libraries()
     try:
-        model = load_model(str(directory))
+        model = load_model(str(directory), finite=False)  # of which more is said below
     except (MismatchError, NotFoundError) as error:
         why = error.message.replace(str(directory), "the merged model")
         if check:

@@ -30,11 +30,12 @@ from paft.merge.inputs import open_inputs
 from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
 from paft.merge.settings import Input, Settings, native
-from paft.merge.shards import Shards, key_of
+from paft.merge.shards import Shards, finished, key_of
 from paft.merge.spread import counting, write_files
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
+from paft.progress import say
 from paft.provenance import Tensors, check_target, content_hash, output_dir, write_manifest
 
 Progress = Callable[[int, int, str], None]
@@ -77,11 +78,12 @@ def merge(
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
     ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
-    ``resume`` takes what a killed merge has finished (`paft.merge.shards`); ``executor`` says who writes (`paft.merge.spread`).
+    ``resume`` takes the files that a killed merge has finished (`paft.merge.shards`), keeps them at an interrupt, and takes an
+    ``out`` that the same merge has made already for what it is. ``executor``: who writes the files (`paft.merge.spread`).
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
-    check_target(out := Path(out), overwrite=overwrite)
+    check_target(out := Path(out), overwrite=overwrite or (resume and not dry_run))
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
@@ -91,23 +93,34 @@ def merge(
               threads or free_cores(), budget, rounding, device)
     job.check_parameters()
     opened.check_apart(out)
-    return estimate(job) if dry_run else _make(job, out, progress, executor, overwrite=overwrite, check=check,
-                                                resume=resume)
+    return estimate(job) if dry_run else _make(job, out, progress, executor, overwrite, check, resume)
 
 
-def _make(job: Job, out: Path, progress: Progress | None, executor: Executor, *, overwrite: bool, check: bool | None,
+def _make(job: Job, out: Path, progress: Progress | None, executor: Executor, overwrite: bool, check: bool | None,
           resume: bool) -> dict[str, Any]:
-    fits(job, out)
     if executor.spreads and job.output_kind != "full":
         raise UsageError("only a whole model is spread over workers", hint="leave out --executor: the others take little time")
-    executor.join()
     if resume and job.output_kind != "full":
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
+    whole, named = check if job.output_kind == "full" else False, {"out": str(out), "base": job.inputs.reference}
+    if resume and not overwrite and (known := _known_already(job, out)):
+        return {**known, "check": check_model(out, whole), **named}
+    check_target(out, overwrite=overwrite)
+    fits(job, out)
+    executor.join()
     with output_dir(out, overwrite=overwrite, resume=resume) as scratch:
         counted = counting(job, scratch.parent, executor) if executor.spreads else None
         report = _write(job.with_trims(counted), scratch, _Steps(progress, len(job.inputs.base.entries)), executor)
-        report["check"] = check_model(scratch, check if job.output_kind == "full" else False)
-    return report | {"out": str(out), "base": job.inputs.reference}
+        report["check"] = check_model(scratch, whole)
+    return report | named
+
+
+def _known_already(job: Job, out: Path) -> dict[str, Any] | None:
+    opened = job.inputs
+    found = finished(out, job.recipe(), opened.described(), lambda: opened.base_hash or content_hash(opened.base.path))
+    if found:
+        say(f"{out} is finished already")
+    return found
 
 
 def _check_output(kind: str, rounding: str, device: str) -> None:
@@ -130,8 +143,7 @@ def _write(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> dict[s
         base_hash, made = opened.base_hash or content_hash(opened.base.path), None
         found = _write_part(job, scratch, steps, {"name": opened.base_name, "content_sha256": base_hash})
     report |= {**found, "seed": job.seed, "output_kind": job.output_kind, "wall_s": round(time.monotonic() - started, 3)}
-    hashes = [{"name": name, "content_sha256": d.content_hash} for name, d in zip(opened.names, opened.deltas, strict=True)]
-    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=hashes, tensors=made,
+    write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=opened.described(), tensors=made,
                    base={"name": opened.base_name, "content_sha256": base_hash}, metrics=report)
     return report
 
@@ -143,7 +155,7 @@ def _write_full(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> t
     def merged(entry: Entry, read: Read) -> Iterator[torch.Tensor] | None:
         return job.merged(entry, read, tallies[entry.name]) if entry.name in job.touched else None
 
-    key = key_of(job.recipe(), [delta.content_hash for delta in job.inputs.deltas], job.inputs.base)
+    key = key_of(job.recipe(), job.inputs.described(), job.inputs.base)
     shards = Shards.open(scratch, key, tallies)
     if executor.spreads:
         written = write_files(job, scratch, tallies, steps, shards, executor)

@@ -10,7 +10,7 @@ from typing import Any
 from paft.delta import tile_rows
 from paft.merge import writer
 from paft.merge.job import Job
-from paft.merge.outputs import preview
+from paft.merge.outputs import fit_output, preview
 from paft.merge.profile import profile
 from paft.merge.tally import Tally
 from paft.preflight import check_disk, check_memory
@@ -47,9 +47,11 @@ def estimate(job: Job) -> dict[str, Any]:
 
 
 def fits(job: Job, out: Path) -> None:
-    """ResourceError where disk or memory cannot suffice; of a delta only the writing tells how large it is."""
+    """ResourceError where disk or memory cannot suffice."""
     if job.output_kind == "full":
         check_disk(out, _written(job))
+    else:
+        fit_output(out, preview(job.output_kind, job.source(), job.budget, job.dtype))
     check_memory("this merge", working(job), "set OMP_NUM_THREADS=1, or end other programs")
 
 

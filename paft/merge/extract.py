@@ -18,7 +18,7 @@ from paft.merge.deltas import Pruned, Source
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.merged import products
 from paft.merge.ops import DIALECTS
-from paft.merge.outputs import find_budget, preview, write_output
+from paft.merge.outputs import find_budget, fit_output, preview, write_output
 from paft.merge.trim import Trim, trim
 from paft.provenance import check_target, content_hash, output_dir, write_manifest
 
@@ -100,9 +100,11 @@ def extract(
     asked = {**prune.named(), "dtype": dtype, "to_lora": to_lora, "partial": partial, **(budget.named() if budget else {})}
     recipe = {"kind": "delta", "input": opened.names[0], "base": opened.base_name}
     recipe |= {key: value for key, value in asked.items() if value}
+    found = preview(output_kind, source, budget, kind)
     if dry_run:
-        found = preview(output_kind, source, budget, kind)
-        return {"dry_run": True, "recipe": recipe, "tensors": found["tensors"], "bytes": {"written": found["written"]}}
+        return {"dry_run": True, "recipe": recipe, "tensors": found["tensors"], "bytes": {"written": found["written"]},
+                "memory_bytes": found["memory"]}
+    fit_output(out, found)
     options = {"recipe": recipe, "budget": budget, "dtype": kind, "seed": seed, "progress": _steps(progress, len(source.names))}
     with output_dir(out, overwrite=overwrite) as scratch:
         report = _write(output_kind, opened, source, scratch, options)

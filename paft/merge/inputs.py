@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,15 @@ class Inputs:
         """The base's tensors that some delta changes, in the base's order."""
         changed = {name for delta in self.deltas for name in delta.names}
         return [name for name in self.base.entries if name in changed]
+
+    def described(self) -> list[dict[str, str]]:
+        """Each input by name and content; of an adapter also the hash of its config, whose scale is half of the delta."""
+        found = []
+        for name, delta, path in zip(self.names, self.deltas, self.paths, strict=True):
+            found.append({"name": name, "content_sha256": delta.content_hash})
+            if (path / CONFIG).is_file():
+                found[-1]["config_sha256"] = hashlib.sha256((path / CONFIG).read_bytes()).hexdigest()
+        return found
 
     def check_apart(self, out: Path) -> None:
         """MismatchError where the output would replace one of the inputs."""

@@ -13,6 +13,7 @@ from paft.errors import UsageError
 from paft.merge.deltas import Source, write_delta
 from paft.merge.lora import check_lora, write_lora
 from paft.merge.lowrank import Budget
+from paft.preflight import check_disk, check_memory
 
 Progress = Callable[[str], None]
 _USE = """A delta: what a merge or a training adds to the base, without the base. It is no model and no PEFT adapter:
@@ -59,18 +60,34 @@ def write_output(
 
 
 def preview(output_kind: str, source: Source, budget: Budget | None, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What a dry run says of these outputs: ``tensors``, and the ``written`` bytes at most. Refuses what the run would."""
+    """What these outputs take: ``tensors``, bytes ``written`` at most and at ``least``, bytes of ``memory``.
+
+    Refuses what the run would. What a sparse tensor takes only the writing tells; it may be nothing.
+    """
     names = list(check_lora(source, budget)) if output_kind == "lora" else source.names
     itemsize = (dtype or torch.float32).itemsize
-    written = 0
+    written, least, memory = 0, 0, 0
     for name in names:
         entry, parts = source.base.entries[name], source.products(name)
-        rank = min(entry.rows, entry.columns) if parts is None else sum(each.left.shape[1] for each in parts)
+        full, sides = min(entry.rows, entry.columns), entry.rows + entry.columns
+        rank = full if parts is None else sum(each.left.shape[1] for each in parts)
         if budget is not None:
             rank = min(rank, budget.rank or rank)
-        factors = 4 * rank * (entry.rows + entry.columns)
-        written += factors if output_kind == "lora" else min(factors, entry.rows * entry.columns * itemsize)
-    return {"tensors": {"merged": len(names), "copied": 0}, "written": written}
+        most, dense = 4 * rank * sides, entry.rows * entry.columns * itemsize
+        if output_kind == "lora":
+            known = budget is None or budget.rank is not None
+        else:
+            known, most = parts is not None and most < dense, min(most, dense)
+        written, least = written + most, least + most * known
+        direct = parts is not None or output_kind == "delta"
+        memory = max(memory, 4 * rank * sides if parts is not None else 0 if direct else 16 * min(rank, full) * sides)
+    return {"tensors": {"merged": len(names), "copied": 0}, "written": written, "least": least, "memory": memory}
+
+
+def fit_output(out: Path, found: dict[str, Any]) -> None:
+    """ResourceError where disk or memory cannot suffice for what `preview` ``found``."""
+    check_disk(out, found["least"])
+    check_memory(f"to make {out}", found["memory"], "give a smaller --rank, or end other programs")
 
 
 def lora_sentence(report: dict[str, Any]) -> str:

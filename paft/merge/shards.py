@@ -12,25 +12,55 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from paft.checkpoint import Checkpoint
-from paft.errors import PaftError
+from paft.errors import MismatchError, PaftError
 from paft.jsonfile import read_json
 from paft.merge.tally import Tally
-from paft.provenance import Tensors, hash_tensors, to_json
+from paft.provenance import Tensors, hash_tensors, read_manifest, recorded_base, to_json
 
 Hashes = dict[str, tuple[str, tuple[int, ...], str]]
 _COUNTS = ("entries", "conflicts", "nonzero", "survived", "before", "after", "squares")
 
 
-def key_of(recipe: Mapping[str, Any], inputs: list[str], base: Checkpoint) -> str:
+def key_of(recipe: Mapping[str, Any], inputs: Sequence[Mapping[str, str]], base: Checkpoint) -> str:
     """What a merge is: its recipe, the content of its inputs, and the base's files as they lie there."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in base.files]
     return hashlib.sha256(json.dumps([recipe, inputs, files], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def finished(out: Path, recipe: Mapping[str, Any], inputs: Sequence[Mapping[str, str]],
+             base: Callable[[], str]) -> dict[str, Any] | None:
+    """The report of ``out`` if this very merge has made it, None if nothing has; MismatchError for the work of another.
+
+    ``base`` computes the content hash of the base, which is read for it.
+    """
+    manifest = read_manifest(out) if out.is_dir() else None
+    if manifest is None:
+        return None
+    now = {"command": "paft merge", "recipe": recipe, "inputs": inputs}
+    was, wanted = (_identity(json.loads(to_json(each))) for each in (manifest, now))
+    other = next((key for key in sorted(was.keys() | wanted.keys()) if was.get(key) != wanted.get(key)), None)
+    if other is None and recorded_base(out) != base():
+        other = "base"
+    if other:
+        raise MismatchError(f"{out} is finished, and not from this: its {other} differs",
+                            hint="choose another -o DIR, or pass --overwrite")
+    return dict(manifest["metrics"])
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a merge is, without the names that only say where its inputs lie."""
+    recipe, inputs = manifest.get("recipe"), manifest.get("inputs")
+    found = {key: value for key, value in recipe.items() if key != "base"} if isinstance(recipe, dict) else {}
+    if isinstance(adapters := found.get("adapters"), list):
+        found["adapters"] = [{**one, "adapter": None} if isinstance(one, dict) else None for one in adapters]
+    content = [{**one, "name": None} for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) else None
+    return {**found, "inputs": content, "command": manifest.get("command")}
 
 
 @dataclass

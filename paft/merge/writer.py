@@ -27,6 +27,7 @@ import torch
 from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries
 from paft.delta import TILE_ELEMENTS, tile_rows
 from paft.errors import MismatchError
+from paft.hub import WEIGHTS
 from paft.jsonfile import read_header, read_json
 from paft.merge.shards import Hashes, Shards
 from paft.provenance import tree_hash
@@ -35,7 +36,7 @@ Read = Callable[[int, int], torch.Tensor]
 Merged = Callable[[Entry, Read], Iterator[torch.Tensor] | None]
 
 # Never copied from the base: weights in any form, and what describes the base's own directory.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+_WEIGHTS = (*WEIGHTS, ".index.json")
 _OWN = ("README.md", "paft.json", "adapter_config.json")
 _SPAN = 1 << 22
 
@@ -190,6 +191,8 @@ def _copy(entry: Entry, place: _Place) -> str:
         view = memoryview(buffer)[: min(_SPAN, entry.nbytes - begin)]
         _read_at(place.source, view, entry.offset + begin, entry)
         digest.update(view)
+        if entry.is_float and view and torch.frombuffer(view, dtype=FLOATS[entry.dtype]).isnan().any():
+            raise MismatchError(f"the base's {entry.name} holds NaN", hint="copy or download the base again")
         done = 0
         try:
             while done < len(view):

@@ -131,7 +131,7 @@ def _styles(groups: Sequence[Group]) -> list[tuple[str, str]]:
     order, found = list(dict.fromkeys(methods)), []
     for index, method in enumerate(methods):
         nth = methods[:index].count(method) if len(order) < len(groups) else index
-        found.append((PALETTE[order.index(method) % len(PALETTE)], MARKERS[nth % len(MARKERS)]))
+        found.append((_MANY[order.index(method) % len(_MANY)], MARKERS[nth % len(MARKERS)]))
     return found
 
 

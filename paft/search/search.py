@@ -19,7 +19,7 @@ from paft.evaluate import Evaluator, Held
 from paft.executor import LOCAL, Executor
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.resident import Resident, open_job
-from paft.models import device, load_model, load_tokenizer
+from paft.models import check_load, device, load_model, load_tokenizer
 from paft.recipe import MergeRecipe
 from paft.search.space import Space, make_space
 from paft.train.work import turn_at
@@ -72,6 +72,7 @@ def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Seq
     inputs, space = _space(plan, asked := _Asked(methods, ranges, groups, seed))
     from paft.search.study import complete
 
+    check_load(inputs.base.path, dtype=plan.dtype)
     study = _study(plan, inputs, space, study_file, resume=resume)
     if executor.spreads and len(complete(study)) < trials:
         size = sum(entry.nbytes for entry in inputs.base.entries.values())

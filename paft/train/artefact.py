@@ -15,7 +15,7 @@ from paft import hub
 from paft.adapter import CONFIG, WEIGHTS, Adapter, concatenate, read_adapter, save_adapter
 from paft.card import adapter_card, model_card
 from paft.errors import MismatchError
-from paft.models import resolve_base
+from paft.models import load_config, resolve_base
 from paft.provenance import content_hash, output_dir, write_manifest
 from paft.recipe import TrainRecipe
 from paft.train.l1 import is_sharded, whole
@@ -46,7 +46,7 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
     ``state`` is that of `state_of`. Full fine-tuning leaves a model that plain transformers loads, and that `paft merge --base`
     takes as θ − θ_pre.
     """
-    with output_dir(out, overwrite=overwrite) as directory:
+    with output_dir(out, overwrite=overwrite, room=running.room) as directory:
         if recipe.full:
             save_model(trainer, resolve_base(str(recipe.model)), directory, state)
         else:
@@ -71,12 +71,10 @@ def write(trainer: Any, recipe: TrainRecipe, on: Adapter | None, out: Path, runn
 
 def save_model(trainer: Any, base: Path, directory: Path, state: dict[str, Any] | None) -> None:
     """The model and its tokenizer as transformers writes them; MismatchError for a parameter that is no number."""
-    from transformers import AutoConfig
-
     for name, theta in (state or dict(trainer.model.named_parameters())).items():
         if not theta.isfinite().all():  # after the last step no loss would tell
             raise MismatchError(f"{name} holds NaN or infinity: training has diverged", hint="lower trainer.learning_rate")
-    trainer.model.config.use_cache = getattr(AutoConfig.from_pretrained(base), "use_cache", True)  # off while it trains
+    trainer.model.config.use_cache = getattr(load_config(base), "use_cache", True)  # off while it trains
     trainer.model.save_pretrained(directory, state_dict=state)
     trainer.processing_class.save_pretrained(directory)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paft.errors import MismatchError, ResourceError, UsageError
-from paft.models import check_quantize, parameters
+from paft.models import check_quantize, load_config, parameters
 from paft.preflight import check_disk, check_memory
 from paft.progress import say
 from paft.recipe import JointRecipe, TrainRecipe
@@ -25,9 +25,7 @@ def fitted(recipe: R, base: Path, default: int | None, *, quiet: bool = False) -
 
     Beyond them a model with a table of positions fails and one with rotary embeddings sees what it never saw in training.
     """
-    from transformers import AutoConfig
-
-    limit = getattr(AutoConfig.from_pretrained(base).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
     asked = recipe.trainer.get("max_length", default)
     if limit is None or (asked is not None and asked <= limit):
         return recipe
@@ -76,23 +74,23 @@ def check_start(recipe: TrainRecipe) -> None:
     check_quantize(recipe.quantize)
 
 
-def check_room(recipe: TrainRecipe, base: Path, out: Path) -> None:
-    """ResourceError where the weights alone fit into no memory, or what full fine-tuning keeps onto no disk.
+def check_room(recipe: TrainRecipe, base: Path, out: Path, trained: int) -> None:
+    """ResourceError where the weights alone fit into no memory, or what is made of ``trained`` parameters onto no disk.
 
-    A lower bound: 16 bytes a parameter that is trained (weight, gradient, two moments of Adam), else the width of the frozen
-    base; activations come on top. On disk a whole model and a checkpoint of it.
+    A lower bound: 16 bytes a parameter that is trained (weight, gradient, two moments of Adam), and the width of the frozen
+    base; activations come on top. On disk the result, and for a whole model a checkpoint of it.
     """
     import torch
 
-    count = parameters(base)
-    width = 16 if recipe.full else 0.5 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]
-    said = f"to train {recipe.model}"
+    width = 0.5 if recipe.quantize else {"float32": 4, "bfloat16": 2}[recipe.dtype]
+    needed = 16 * trained + (0 if recipe.full else width * parameters(base))
+    said, hint = f"to train {recipe.model}", "choose a smaller base, a smaller lora.r, dtype: bfloat16"
     if not torch.cuda.is_available():
-        check_memory(said, width * count, "choose a smaller base, dtype: bfloat16, or a machine with more memory")
-    elif (free := sum(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count()))) < width * count:
-        raise ResourceError(f"{said} takes {width * count / 1e9:.1f} GB for the weights, and the GPUs have {free / 1e9:.1f} GB",
-                            hint="choose a smaller base, dtype: bfloat16 or quantize: 4bit")
-    check_disk(out, 16 * count if recipe.full else 1e6)
+        check_memory(said, needed, f"{hint}, or a machine with more memory")
+    elif (free := sum(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count()))) < needed:
+        raise ResourceError(f"{said} takes {needed / 1e9:.1f} GB for the weights, and the GPUs have {free / 1e9:.1f} GB",
+                            hint=f"{hint} or quantize: 4bit")
+    check_disk(out, (16 if recipe.full else 4) * trained)
 
 
 def check_names(lora: Lora, adapted: Sequence[str], every: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from paft.models import device, parameters
 from paft.recipe import JointRecipe, PreferenceRecipe, TrainRecipe
 from paft.train import losses
 from paft.train.rendering import render
+from paft.train.schedules import SCHEDULES
 
 HEAD = 64  # rows that are rendered
 REACHED = 0.5  # of the rate of plain matrix products
@@ -35,7 +36,8 @@ def seconds(recipe: TrainRecipe, base: Path, tokenizer: Any, rows: Mapping[str, 
     extra = 2 * bool(recipe.full) + 2 * bool(args.gradient_checkpointing)
     work = {name: tokens * (4 + extra + 2 * _has_reference(recipe, name)) for name, tokens in mean.items()}
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step = sum(share * work[name] for name, share in _shares(recipe, work).items()) * size * parameters(base)
+    step = sum(share * work[name] for name, share in _shares(recipe, work, args.per_device_train_batch_size).items())
+    step *= size * parameters(base)
     return steps * (step / (REACHED * _rate()) + OVERHEAD)
 
 
@@ -45,22 +47,25 @@ def answering(base: Path, read: float, written: float, steps: float) -> float:
 
 
 def _mean_tokens(recipe: TrainRecipe, tokenizer: Any, rows: Sequence[Row], limit: int) -> float:
-    head = list(islice(iter(rows), HEAD))
-    return sum(min(sequence.length, limit) for row in render(tokenizer, head, recipe) for sequence in row) / len(head)
+    """Of a row of a batch; UFT, which mixes its rows by kind, counts either answer of a pair as a row."""
+    rendered = render(tokenizer, list(islice(iter(rows), HEAD)), recipe)
+    head = [[min(sequence.length, limit) for sequence in row] for row in rendered]
+    apart = isinstance(recipe, JointRecipe) and recipe.method not in SCHEDULES
+    return sum(map(sum, head)) / (sum(map(len, head)) if apart else len(head))
 
 
 def _has_reference(recipe: TrainRecipe, name: str) -> bool:
     return name != "sft" and isinstance(recipe, PreferenceRecipe) and losses.family(recipe).reference
 
 
-def _shares(recipe: TrainRecipe, work: Mapping[str, float]) -> dict[str, float]:
-    """Of the rows of a step; where both sets are used, λ of them are taken for pairs, and Mix takes a batch of either."""
+def _shares(recipe: TrainRecipe, work: Mapping[str, float], size: int) -> dict[str, float]:
+    """Batches of ``size`` rows of each set in a step; of two sets λ is taken for pairs, and Mix takes a batch of either."""
     if not isinstance(recipe, JointRecipe):
         return dict.fromkeys(work, 1.0)
-    from paft.train.schedules import SCHEDULES
-
-    both = recipe.method in SCHEDULES and SCHEDULES[recipe.method](recipe, 1).together > 1
-    return {"pref": 1.0 if both else recipe.lam, "sft": 1.0 if both else 1 - recipe.lam}
+    scheduled = recipe.method in SCHEDULES
+    both = scheduled and SCHEDULES[recipe.method](recipe, 1).together > 1
+    wider = (recipe.sft_batch_size or size) / size if scheduled else 1.0
+    return {"pref": 1.0 if both else recipe.lam, "sft": wider * (1.0 if both else 1 - recipe.lam)}
 
 
 def _rate(size: int = 1024, rounds: int = 4) -> float:

@@ -7,7 +7,7 @@
     eval_*_gap           f - f*, where f* is known                                       (arXiv 2410.15483, section 6.1)
     eval_ideal_distance  √((f_DPO - f*_DPO)² + (f_SFT - f*_SFT)²), where an objective below its f* counts as at it
 
-The two are measured by `paft.evaluate`, the same for every method. Every process measures all rows.
+The two are measured by `paft.evaluate`, the same for every method. Several processes share the batches out.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class HeldOut:
         self.front = [*front, *ideal]
         tokenizer = self.processing_class  # type: ignore[attr-defined]
         size, limit = self.args.per_device_eval_batch_size, self.args.max_length
-        self.scorer = Evaluator(tokenizer, held, None, recipe.beta, size, limit=limit)
+        share = self.args.process_index, self.args.world_size
+        self.scorer = Evaluator(tokenizer, held, None, recipe.beta, size, limit=limit, share=share)
         if self.ref_model is not None:  # type: ignore[attr-defined]
             self.scorer = self.scorer.against(self.ref_model)  # type: ignore[attr-defined]
 

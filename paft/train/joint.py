@@ -18,6 +18,7 @@ from trl.trainer.sft_config import SFTConfig
 from paft.data import Row
 from paft.errors import UsageError
 from paft.evaluate import Held
+from paft.models import device
 from paft.train import budget, losses, preference
 from paft.train.gaps import Gaps
 from paft.train.heldout import EVALUATED, HeldOut
@@ -184,11 +185,13 @@ def build(recipe: JointRecipe, model: Any, tokenizer: Any, rows: dict[str, list[
     # Built before the trainer: constructing a config resets accelerate's shared state under a live trainer.
     options: dict[str, Any] = {"per_device_train_batch_size": size, **recipe.sft_trainer}
     config = SFTConfig(output_dir=scratch, seed=recipe.seed, max_length=recipe.trainer.get("max_length", 1024),
-                       report_to="none", bf16=False, **options)
+                       report_to="none", bf16=False, use_cpu=recipe.trainer.get("use_cpu", device() == "cpu"), **options)
     trainer = preference.construct(recipe, model, tokenizer, rows["pref"], held.pref, scratch, reference, kind=JointTrainer,
                                    learning_rate=2e-5 if recipe.full else 5e-5, **(EVALUATED if held.pref else {}))
     trainer.hold(held, recipe, optima.held)
-    precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), quiet=quiet)
+    kind = SCHEDULES[recipe.method](recipe, 1)
+    all_read = kind.compares or (kind.together > 1 and recipe.lam > 0)  # every step may read pairs
+    precompute(trainer, recipe.trainer.get("precompute_ref_log_probs"), share=1.0 if all_read else recipe.lam, quiet=quiet)
     trainer.attach(rows["sft"], config)
     schedule = SCHEDULES[recipe.method](recipe, budget.steps(recipe, trainer))
     trainer.follow(schedule, Gaps(optima.step, recipe.smoothing), recipe.max_tokens)

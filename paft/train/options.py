@@ -91,6 +91,7 @@ def trainer_config(kind: type[C], recipe: TrainRecipe, scratch: str, **defaults:
     options: dict[str, Any] = {
         "num_train_epochs": 1, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
         "logging_steps": 10, "save_total_limit": 2, "bf16": cuda, "gradient_checkpointing": cuda, "dataloader_pin_memory": cuda,
+        "ddp_find_unused_parameters": False,  # a LoRA has none, and to look for them costs a pass over the graph
         "use_cpu": not cuda, "report_to": "none", **defaults, **_best(recipe), **recipe.trainer,
         "output_dir": scratch, "seed": recipe.seed, "disable_tqdm": True, "restore_callback_states_from_checkpoint": True,
     }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from paft.errors import MismatchError
-from paft.train.distributed import check_layout
+from paft.train.distributed import check_layout, shard_on_cpu
 from paft.train.l1 import penalty
 from paft.train.term import L1Term
 
@@ -25,12 +25,17 @@ class Penalised:
 
     Logged: ``task_loss``, and of an L1 term what `L1Term.report` measures; ``l1`` is the mean of the ‖δ‖₁ that the losses of
     the record contain. A task loss that is no finite number is a MismatchError at once: `Trainer` would replace it by the mean
-    of the others in its log and train on. Setting ``recipe`` raises MismatchError where the factors cannot be seen.
+    of the others in its log and train on. Building a trainer raises MismatchError where the factors cannot be seen.
     """
 
     model: Any
     accelerator: Any
     _metrics: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu(self.args)  # type: ignore[attr-defined]
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        check_layout(self.accelerator.state)
 
     @property
     def recipe(self) -> TrainRecipe:
@@ -39,11 +44,11 @@ class Penalised:
     @recipe.setter
     def recipe(self, recipe: TrainRecipe) -> None:
         self._recipe = recipe
-        term = L1Term.of(recipe)
-        if term.active or recipe.l2:
-            check_layout(self.accelerator.state)
+        if recipe.full and (recipe.l1 or recipe.l2) and self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise MismatchError("the L1 term of full fine-tuning needs whole weights, and FSDP2 shards them",
+                                hint="use DDP, or a LoRA")
         self.remove_callback(L1Term)  # type: ignore[attr-defined]
-        self.add_callback(term)  # type: ignore[attr-defined]
+        self.add_callback(L1Term.of(recipe))  # type: ignore[attr-defined]
 
     @property
     def term(self) -> L1Term:

@@ -12,12 +12,13 @@ from paft.errors import UsageError
 from paft.progress import Progress
 
 
-def precompute(trainer: Any, asked: bool | None, *, quiet: bool = False) -> bool:
+def precompute(trainer: Any, asked: bool | None, *, share: float = 1.0, quiet: bool = False) -> bool:
     """Give the trainer's rows their reference log-probabilities, if ``asked``, or if None where it saves work; returns whether.
 
-    It saves work when the training reads a row more than once; a second model leaves the memory afterwards, so that with one a
-    single full pass is reason enough. It is sound where the reference is fixed and the rows can be counted: not for streamed
-    rows, and not under FSDP or DeepSpeed, where the model is not whole before the training; asked for there, it is a UsageError.
+    It saves work when the training, ``share`` of whose batches hold pairs, reads a row more than once; a second model leaves the
+    memory afterwards, so that with one a single full pass is reason enough. It is sound where the reference is fixed and the rows
+    can be counted: not for streamed rows, and not under FSDP or DeepSpeed, where the model is not whole before the training;
+    asked for there, it is a UsageError.
 
     TRL's own ``precompute_ref_log_probs`` runs before a reference adapter can be laid on the model, and keeps its numbers in a
     file beside the data's in the user's cache (for rows in memory, in a temporary file of each process, so that it fails on
@@ -27,7 +28,7 @@ def precompute(trainer: Any, asked: bool | None, *, quiet: bool = False) -> bool
     obstacle = _obstacle(trainer)
     if asked and obstacle:
         raise UsageError(f"trainer.precompute_ref_log_probs is not possible {obstacle}", hint="leave it out")
-    if obstacle or not (_pays(trainer) if asked is None else asked):
+    if obstacle or not (_pays(trainer, share) if asked is None else asked):
         return False
     args = trainer.args
     for name, size in (("train_dataset", args.per_device_train_batch_size), ("eval_dataset", args.per_device_eval_batch_size)):
@@ -47,10 +48,10 @@ def _obstacle(trainer: Any) -> str | None:
     return None
 
 
-def _pays(trainer: Any) -> bool:
+def _pays(trainer: Any, share: float) -> bool:
     args, rows = trainer.args, len(trainer.train_dataset)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    read = args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * rows
+    read = share * (args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * rows)
     return read > rows or (read >= rows and trainer.ref_model is not None)
 
 

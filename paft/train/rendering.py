@@ -6,7 +6,6 @@ sequences, everything else one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import Any
 from paft.data import Row
 from paft.data.load import form
 from paft.data.rows import Note, Stream, silent
+from paft.data.template import check_template
 from paft.errors import MismatchError, UsageError
+from paft.jsonfile import read_json
 from paft.models import resolve_base
 from paft.recipe import TrainRecipe
 
@@ -111,6 +112,7 @@ def check_rendering(tokenizer: Any, rows: dict[str, list[Row]], recipe: TrainRec
         if not found:
             continue
         step = max(1, len(found) // SAMPLE)
+        check_template(tokenizer, str(recipe.chat_template or recipe.model), _conversations(found[::step][:SAMPLE]))
         rendered = render(tokenizer, found[::step][:SAMPLE], recipe)
         _check_ids(tokenizer, rendered, str(recipe.model))
         everything = len(rendered) == len(found) and not isinstance(found, Stream)
@@ -120,8 +122,15 @@ def check_rendering(tokenizer: Any, rows: dict[str, list[Row]], recipe: TrainRec
                 note(line)
 
 
+def _conversations(rows: list[Row]) -> list[Any]:
+    """Every prompt with each of its answers, of rows that are messages."""
+    chats = [row for row in rows if isinstance(row.get("prompt"), list)]
+    return [row["prompt"] + row[answer] for row in chats for answer in ("completion", "chosen", "rejected")
+            if isinstance(row.get(answer), list)]
+
+
 def _check_ids(tokenizer: Any, rendered: list[list[Sequence]], model: str) -> None:
-    config = json.loads((resolve_base(model) / "config.json").read_text())
+    config = read_json(resolve_base(model) / "config.json")
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     highest = max([token for row in rendered for sequence in row for token in sequence.ids] + [tokenizer.pad_token_id])
     if size is not None and highest >= size:
@@ -158,5 +167,5 @@ def _traps(tokenizer: Any, rendered: list[list[Sequence]], first: Row, recipe: T
 def _stops(tokenizer: Any, model: str) -> set[int]:
     """Tokens that end generation: the tokenizer's eos and those of the model's generation config."""
     file = resolve_base(model) / "generation_config.json"
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    named = read_json(file).get("eos_token_id") if file.is_file() else None
     return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}

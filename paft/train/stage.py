@@ -33,6 +33,7 @@ from paft.train.checks import (
     note_packing,
 )
 from paft.train.dense import Start
+from paft.train.distributed import join, said_by_the_first
 from paft.train.inputs import count_dropped, load, note_boundary, require, tokenizer_for
 from paft.train.interleave import Seat, TakeTurns, twin
 from paft.train.l1 import lora_factors, nonlinear_layers
@@ -132,8 +133,9 @@ def train(recipe: AnyRecipe, out: Path, *, rows: Rows | None = None, overwrite: 
     rows = load(recipe, quiet) if rows is None else rows
     check_evaluation(recipe, rows)
     base = resolve_base(require(recipe.model, "--model"))
-    check_room(recipe, base, out)
-    begun = _begun(recipe, rows)
+    check_room(recipe, base, out, _adapter_parameters(recipe, base))
+    join(recipe.trainer)
+    begun = said_by_the_first(partial(_begun, recipe, rows))
     if resume and not overwrite and (manifest := work.finished(out, begun)):
         say(f"{out} is finished already", quiet=quiet)
         return manifest
@@ -264,7 +266,6 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool, seat: Seat |
         trainer.add_callback(EarlyStoppingCallback(stopping.patience, stopping.threshold))
     trainer.add_callback(Keeper(trainer, running))
     trainer.add_callback(Watch(label, running.log, quiet=quiet, told=getattr(trainer, "told", dict)))
-    trainer.args.eval_on_start &= running.checkpoint is None  # `Trainer` would evaluate again where it goes on
     if seat:
         trainer.add_callback(TakeTurns(seat.turn))
     if trainer.args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
@@ -272,6 +273,7 @@ def _run(trainer: Any, label: str, running: work.Work, quiet: bool, seat: Seat |
                             hint="launch one for each GPU, or set trainer.use_cpu")
     trainer.accelerator.wait_for_everyone()
     running.join()
+    trainer.args.eval_on_start &= running.checkpoint is None  # `Trainer` would evaluate again where it goes on
     with _usage(lambda: trainer.state.global_step == 0):
         trainer.train(resume_from_checkpoint=str(running.checkpoint) if running.checkpoint else None)
 

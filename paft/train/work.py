@@ -4,6 +4,7 @@
     OUT.partial/log.jsonl            grows while the training runs
     OUT.partial/checkpoint-N/        transformers' checkpoint (weights, optimiser, schedule, RNG) and our `progress.json`
 
+All the while it holds the `paft.target.claim` on OUT, so that nothing else is written there.
 It vanishes when OUT stands, and on an error or an interrupt before the first checkpoint; a checkpoint goes only when OUT stands
 or with ``--overwrite``. A resumed training must have the recipe, base and data that ``begun.json`` names; paths may differ, since
 they only say where things lie.
@@ -24,8 +25,8 @@ from typing import Any
 
 from paft.errors import MismatchError, ResourceError
 from paft.progress import say
-from paft.provenance import MANIFEST, make_parent, read_manifest, versions
-from paft.target import HELD, no_room
+from paft.provenance import MANIFEST, read_manifest, versions
+from paft.target import check_target, claim, hold, no_room, release
 
 BEGUN = "begun.json"
 PROGRESS = "progress.json"  # the last file of a checkpoint that is written: without it the checkpoint is not whole
@@ -43,6 +44,7 @@ class Work:
     """The directory of one training, and the checkpoint that it goes on from (None: from the start)."""
 
     directory: Path
+    room: Path | None = None  # of the claim on the target
     checkpoint: Path | None = None
     spent: float = 0.0  # seconds of the earlier processes, up to the checkpoint
     started: float = field(default_factory=time.monotonic)
@@ -110,10 +112,10 @@ def work_dir(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bo
     if not leads():
         yield Work(directory)
         return
-    make_parent(directory)
-    directory.mkdir(exist_ok=True)
-    with _locked(directory, out):
-        work = Work(directory, _choose(out, begun, resume=resume, overwrite=overwrite, quiet=quiet))
+    with claim(Path(os.path.realpath(out))) as room:
+        check_target(out, overwrite=overwrite)  # it may have been made since
+        directory.mkdir(parents=True, exist_ok=True)
+        work = Work(directory, room, _choose(out, begun, resume=resume, overwrite=overwrite, quiet=quiet))
         try:
             _prepare(work, begun)
             yield work
@@ -128,7 +130,7 @@ def work_dir(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bo
 
 @contextmanager
 def turn_at(directory: Path, *, quiet: bool = False) -> Iterator[None]:
-    """Wait until no other process makes what lies in ``directory``; one that is launched as several does not wait, see `_locked`.
+    """Wait until no other process makes what lies in ``directory``; one that is launched as several does not wait.
 
     There the first would wait and the others not.
     """
@@ -136,7 +138,7 @@ def turn_at(directory: Path, *, quiet: bool = False) -> Iterator[None]:
         yield
         return
     directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory, os.O_RDONLY)
+    lock = hold(os.open(directory, os.O_RDONLY))
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +147,7 @@ def turn_at(directory: Path, *, quiet: bool = False) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(lock)
+        release(lock)
         with suppress(OSError):
             directory.rmdir()  # where nothing was made
 
@@ -161,20 +163,6 @@ def _explain(error: BaseException, directory: Path, checkpoint: Path | None) -> 
                 shutil.rmtree(path, ignore_errors=True)
         kept = f"the same command with --resume goes on from step {step_of(checkpoint)}" if checkpoint else "nothing was kept"
         raise ResourceError(f"{full} while training in {directory}", hint=f"free some space; {kept}") from error
-
-
-@contextmanager
-def _locked(directory: Path, out: Path) -> Iterator[None]:
-    """One training at a time; the kernel lets go of the lock when its process dies."""
-    with (directory / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in HELD:  # a file system without locks
-                yield
-                return
-            raise MismatchError(f"another process is training {out}", hint="wait for it, or choose another -o DIR") from None
-        yield
 
 
 def _choose(out: Path, begun: Mapping[str, Any], *, resume: bool, overwrite: bool, quiet: bool) -> Path | None:
