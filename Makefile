@@ -13,12 +13,13 @@ STAMP := $(VENV)/.paft-installed
 OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS
 
-.PHONY: help install demo test lint bench soak clean
+.PHONY: help install demo test test-cluster lint bench soak clean
 
 help:
 	@echo "make install  create $(VENV) with the tested versions"
 	@echo "make demo     train, merge and compare on the embedded base model"
 	@echo "make test     run the tests"
+	@echo "make test-cluster  the tests on a Ray cluster of three nodes in this machine"
 	@echo "make lint     ruff and pyright"
 	@echo "make bench    make the tables of the README again (half an hour on 2 cores)"
 	@echo "make soak     kill, starve and feed rubbish to paft (about an hour): benchmarks/reliability.md"
@@ -43,6 +44,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile
 
+test-cluster: $(STAMP)
+	@$(BIN)/python -m pytest -q -m cluster
+
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
@@ -52,6 +56,7 @@ soak: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/demo_table.py
+	@$(BIN)/python benchmarks/on_ray.py
 
 clean:
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis

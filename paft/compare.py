@@ -9,10 +9,13 @@ What a directory is, its `paft.json` says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paft.errors import NotFoundError, UsageError
+from paft.executor import LOCAL, Ask, Executor
 from paft.progress import say
 from paft.provenance import MANIFEST, read_manifest, to_json
 from paft.report.paired import mean_error
@@ -49,15 +52,31 @@ def trainings(directories: Sequence[Path]) -> list[Group]:
     return grouped([read(directory) for directory in directories])
 
 
-def run_seeds(recipe: RunRecipe, out: Path, count: int, *, quiet: bool = False, workers: int | None = None) -> list[Path]:
-    """Run ``recipe`` with ``count`` seeds from its own on, under ``out``/seed-K; finished stages of the same content are kept."""
+def run_seeds(recipe: RunRecipe, out: Path, count: int, *, quiet: bool = False, workers: int | None = None,
+              executor: Executor = LOCAL) -> list[Path]:
+    """Run ``recipe`` with ``count`` seeds from its own on, under ``out``/seed-K; finished stages of the same content are kept.
+
+    On Ray the seeds run at once, each as a task that takes no core and waits for those of its stages.
+    """
     from paft.run import run
 
     found = places(recipe, out, count)
+    if executor.spreads:
+        seeds = {place.name: seed for seed, place in found.items()}
+        work = partial(_run_seed, recipe, out, seeds, workers, replace(executor, address=None, quiet=False))
+        executor.graph(dict.fromkeys(seeds), work, workers=0, room=out, asks=dict.fromkeys(seeds, Ask(cpus=0)),
+                       done=lambda name, _: say(f"{name} done", quiet=quiet))
+        return list(found.values())
     for number, (seed, place) in enumerate(found.items(), 1):
         say(f"seed {seed} ({number}/{count}) into {place}", quiet=quiet)
         run(recipe.model_copy(update={"seed": seed}), place, resume=True, quiet=quiet, workers=workers)
     return list(found.values())
+
+
+def _run_seed(recipe: RunRecipe, out: Path, seeds: dict[str, int], workers: int | None, executor: Executor, name: str) -> None:
+    from paft.run import run
+
+    run(recipe.model_copy(update={"seed": seeds[name]}), out / name, resume=True, workers=workers, executor=executor)
 
 
 def places(recipe: RunRecipe, out: Path, count: int) -> dict[int, Path]:

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from paft.complaint import explain
 from paft.errors import UsageError, did_you_mean
-from paft.sections import Coefficient, EarlyStopping, Evaluation, Fraction, Lora, Strict
+from paft.sections import Coefficient, EarlyStopping, Evaluation, Fraction, Lora, Resources, Strict
 from paft.yamlfile import Document, parse_scalar, read_yaml
 
 
@@ -204,6 +204,7 @@ class RunTrain(Strict):
     sft_batch_size: Annotated[int, Field(gt=0)] | None = None
     trainer: dict[str, Any] = {}
     label: str | None = None
+    resources: Resources | None = None
 
 
 class Defaults(Strict):

@@ -18,8 +18,9 @@ from typing import Any
 from paft import data, provenance
 from paft.adapter import read_adapter
 from paft.errors import UsageError
+from paft.executor import LOCAL, Executor
 from paft.models import free_cores
-from paft.parallel import gpus, run_graph
+from paft.parallel import gpus
 from paft.preflight import check_disk
 from paft.progress import duration, say
 from paft.recipe import RunRecipe
@@ -37,22 +38,26 @@ from paft.train.work import place
 
 
 def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
-        workers: int | None = None, share_base: bool = False) -> dict[str, Any]:
+        workers: int | None = None, share_base: bool = False, executor: Executor = LOCAL) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
     ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
     ``share_base``: in this process, what starts from the base takes turns over one copy of it, with the same results.
+    ``executor``: where stages run (`paft.executor`); on Ray as many as the cluster has room for, and ``out`` is on a shared disk.
     Raises UsageError for a recipe that names unknown stages, what `paft.tasks.Harness` raises for tasks that cannot be asked, and
     MismatchError for a target that is not empty, all before anything is trained.
     """
     if share_base and (workers or 1) > 1:
         raise UsageError("--share-base is one process, --workers several", hint="pass one of them")
+    if share_base and executor.spreads:
+        raise UsageError("--share-base is one process, --executor ray several", hint="pass one of them")
     check(recipe)
     harness = tasks_of(recipe)
+    executor.join()
     if not resume:
         provenance.check_target(out, overwrite=overwrite, in_place=True)
-    workers = 1 if share_base else workers or _default_workers(recipe)
-    job = Run(recipe, out, quiet, workers=workers, resume=resume, share_base=share_base)
+    workers = 1 if share_base else workers or (0 if executor.spreads else _default_workers(recipe))
+    job = Run(recipe, out, quiet, workers=workers, resume=resume or executor.spreads, share_base=share_base, executor=executor)
     started = time.monotonic()
     job.read()
     check_disk(out, sum(base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
@@ -71,7 +76,7 @@ def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     _train_all(job)
     merge_all(job)
-    scores = evaluate_all(job, harness)
+    scores = _evaluate(job, harness)
     provenance.write_manifest(out, command="run", recipe=recipe.model_dump(), seed=recipe.seed,
                               base={"name": recipe.model, "content_sha256": job.base_hash},
                               inputs={"sft": data.content_hash(job.sft["train"]), "pref": data.content_hash(job.pref["train"])},
@@ -111,13 +116,27 @@ def _train_all(job: Run) -> None:
         for name, manifest in _train_together(job, [name for name, on in needs.items() if on is None]).items():
             del needs[name]
             done(name, manifest)
-    run_graph(needs, partial(_train_one, job), workers=min(job.workers, max(1, len(needs))), done=done)
+    asks = {name: job.ask(job.recipe.train[name].resources) for name in needs}
+    job.executor.graph(needs, partial(_train_one, job.there()), workers=min(job.workers, max(1, len(needs))), done=done,
+                       room=job.out, asks=asks)
+
+
+def _evaluate(job: Run, harness: Harness | None) -> dict[str, Any]:
+    """`evaluate_all`, where the executor puts it."""
+    found: dict[str, dict[str, Any]] = {}
+    job.executor.graph({"evaluate": None}, partial(_evaluate_there, job.there(), harness), workers=1, done=found.__setitem__,
+                       room=job.out, asks={"evaluate": job.ask()})
+    return found["evaluate"]
+
+
+def _evaluate_there(job: Run, harness: Harness | None, name: str) -> dict[str, Any]:
+    return evaluate_all(job, harness)
 
 
 def _train_one(job: Run, name: str, seat: Seat | None = None) -> dict[str, Any]:
     begun = place(job.adapter(name)).is_dir()
     return train(stage_recipe(job.recipe, name, job.out), job.adapter(name), rows=job.rows(job.recipe.train[name].objective),
-                 overwrite=True, resume=job.resume and begun, quiet=job.quiet or job.workers > 1, label=name, seat=seat)
+                 overwrite=True, resume=job.resume and begun, quiet=job.quiet or job.workers != 1, label=name, seat=seat)
 
 
 def _train_seated(job: Run, name: str, base: Any, turn: Turn) -> dict[str, Any]:

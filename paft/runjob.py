@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from paft import data, provenance
+from paft.executor import LOCAL, Ask, Executor
 from paft.models import resolve_base
 from paft.progress import say
 from paft.recipe import DpoRecipe, RunRecipe
 from paft.runplan import stage_recipe
+from paft.sections import Resources
 from paft.train.reference import named_hash
 from paft.train.work import PLACES
 
@@ -31,15 +33,24 @@ class Run:
     pref: Rows = field(default_factory=dict)
     text: list[data.Row] = field(default_factory=list)
     base_hash: str = ""
-    workers: int = 1
+    workers: int = 1  # 0: as many as the executor has room for
     share_base: bool = False
     resume: bool = False
+    executor: Executor = LOCAL
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name
 
     def merged(self, name: str) -> Path:
         return self.out / "merges" / name
+
+    def ask(self, said: Resources | None = None) -> Ask:
+        """What a stage asks of its node: by default enough for the base, and what its ``resources`` say."""
+        return replace(self.executor.ask(base_size(self.recipe)), **(said.model_dump(exclude_none=True) if said else {}))
+
+    def there(self) -> Run:
+        """The run as a stage elsewhere sees it: alone, with a log of its own to write to."""
+        return replace(self, quiet=False, workers=1, executor=LOCAL) if self.executor.spreads else self
 
     def candidates(self) -> dict[str, Path]:
         """Everything the table has a row for: the base, then every adapter, then every merged model."""

@@ -19,16 +19,28 @@ def merge_all(job: Run) -> None:
     recipe, store = job.recipe, job.out / "merges.json"
     keys = json.loads(store.read_text()) if store.is_file() else {}
     controlled = cache(partial(_controlled, job))  # several merges take the same control
-    with Progress("merge", len(recipe.merge), quiet=job.quiet) as show:
-        for done, (name, entry) in enumerate(recipe.merge.items(), 1):
-            sources = [controlled(entry.of[0], entry.density_like, entry.norm_like), *map(job.adapter, entry.of[1:])]
-            if not (keys.get(name) == (key := _key(job, entry, sources)) and job.merged(name).is_dir()
-                    and not provenance.verify(job.merged(name))):
-                merge([str(source) for source in sources], base=recipe.model, method=entry.method, parameters=entry.parameters,
-                      weights=entry.weights, out=job.merged(name), dtype=recipe.merge_dtype, seed=recipe.seed, overwrite=True)
-                keys[name] = key
-                store.write_text(json.dumps(keys, indent=1))
-            show(done, name)
+    left: dict[str, tuple[list[Path], str]] = {}
+    for name, entry in recipe.merge.items():
+        sources = [controlled(entry.of[0], entry.density_like, entry.norm_like), *map(job.adapter, entry.of[1:])]
+        if not (keys.get(name) == (key := _key(job, entry, sources)) and job.merged(name).is_dir()
+                and not provenance.verify(job.merged(name))):
+            left[name] = sources, key
+    made: list[str] = []
+    with Progress("merge", len(left), quiet=job.quiet or job.executor.spreads) as show:
+        def done(name: str, _: None) -> None:
+            made.append(name)
+            keys[name] = left[name][1]
+            store.write_text(json.dumps(keys, indent=1))
+            show(len(made), name)
+
+        job.executor.graph(dict.fromkeys(left), partial(_merge_one, job.there(), left), workers=0 if job.executor.spreads else 1,
+                           done=done, room=job.out, asks=dict.fromkeys(left, job.ask()))
+
+
+def _merge_one(job: Run, left: dict[str, tuple[list[Path], str]], name: str) -> None:
+    recipe, entry = job.recipe, job.recipe.merge[name]
+    merge([str(source) for source in left[name][0]], base=recipe.model, method=entry.method, parameters=entry.parameters,
+          weights=entry.weights, out=job.merged(name), dtype=recipe.merge_dtype, seed=recipe.seed, overwrite=True)
 
 
 def _key(job: Run, entry: RunMerge, sources: list[Path]) -> str:

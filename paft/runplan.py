@@ -84,7 +84,7 @@ def stage_recipe(recipe: RunRecipe, name: str, out: Path) -> SftRecipe | DpoReci
     """The full recipe of one training stage: the defaults of its objective, then what the stage says."""
     stage = recipe.train[name]
     base = {"sft": recipe.defaults.sft, "dpo": recipe.defaults.dpo, "joint": recipe.defaults.joint}[stage.objective]
-    keys = stage.model_fields_set - {"objective", "on", "trainer", "label"}
+    keys = stage.model_fields_set - {"objective", "on", "trainer", "label", "resources"}
     said = {key: getattr(stage, key) for key in keys if getattr(stage, key) is not None}
     said |= {"model": recipe.model, "seed": recipe.seed, "on": str(out / "adapters" / stage.on) if stage.on else None}
     said |= {"chat_template": recipe.chat_template, "on_bad_row": recipe.on_bad_row}

@@ -82,3 +82,11 @@ class Evaluation(Strict):
     batch_size: Annotated[int, Field(gt=0)] = 64
     tasks: Tasks | None = None
     trajectory: Annotated[int, Field(ge=0)] = 0
+
+
+class Resources(Strict):
+    """What a stage needs of the node that it runs on, with ``--executor ray``; ``memory`` in bytes. None: paft's guess."""
+
+    cpus: Annotated[float, Field(ge=0)] | None = None
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    memory: Annotated[float, Field(ge=0)] | None = None

@@ -23,7 +23,7 @@ MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 50, 150
 
 # A module may import from its own place in the flow or an earlier one; rooms in one place are siblings.
 FLOW = """errors progress | jsonfile target preflight patterns bounded | yamlfile hub provenance | verify doctor
-    | complaint sections recipe card | catalog demo attach | data models tokens parallel | checkpoint launch
+    | complaint sections recipe card | catalog demo attach | data models tokens parallel | executor | checkpoint launch
     | factors | peftfile | adapter | naming | variants | tying | placement | evaluate | train | delta | merge
     | report | answers candidates controls probe search tasks
     | runplan | runjob | runeval runmerge | runcosts | run | compare | cli | __main__"""

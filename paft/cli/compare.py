@@ -28,6 +28,7 @@ Table = tuple[str, list[dict[str, Any]], list[Any]]
 @click.option("--seeds", metavar="N", type=click.IntRange(1), help="Of a recipe: run it with so many seeds  [default: 5].")
 @options.set_option("model=org/name")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Of a recipe: trainings side by side, as in `paft run`.")
+@options.executor
 @click.option("-o", "--out", type=click.Path(path_type=Path),
               help="Runs: write compare.md, .json, .csv, .html and .png here  [default: of a recipe merges/NAME-seeds].")
 @options.dry_run
@@ -61,6 +62,8 @@ def compare(inputs: tuple[str, ...], **given: Any) -> None:
     if len(paths) == 1 and not (paths[0] / MANIFEST).is_file() and (paths[0].is_file() or str(paths[0]) in catalog()):
         _recipe(str(paths[0]), given)
         return
+    if options.executor_of(given).spreads:
+        raise UsageError(f"--executor is for a recipe, and {paths[0]} is none", hint="paft compare RECIPE --seeds 5")
     for_recipes = [name for name in ("seeds", "sets", "workers", "dry_run") if given[name]]
     if for_recipes:
         raise UsageError(f"--{for_recipes[0].removesuffix('s').replace('_', '-')} is for a recipe, and {paths[0]} is none"
@@ -81,7 +84,7 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
     """Run a recipe with several seeds, as far as that has not been done, and compare them."""
     from paft.recipe import RunRecipe, load
 
-    recipe = load(RunRecipe, find(name), given["sets"])
+    recipe, executor = load(RunRecipe, find(name), given["sets"]), options.executor_of(given)
     given["out"] = given["out"] or Path("merges") / f"{recipe.name}-seeds"
     count = given["seeds"] or 5
 
@@ -108,7 +111,8 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
                      f"memory {options.size(max(each['memory_bytes'] for each in plans.values()))}")
         options.show({str(seed): each for seed, each in plans.items()}, lines, as_json=given["as_json"])
         return
-    _study(study(run_seeds(recipe, given["out"], count, quiet=given["quiet"], workers=given["workers"])), given)
+    made = run_seeds(recipe, given["out"], count, quiet=given["quiet"], workers=given["workers"], executor=executor)
+    _study(study(made), given)
 
 
 def _study(found: Any, given: dict[str, Any]) -> None:

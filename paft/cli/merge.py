@@ -40,6 +40,7 @@ from paft.recipe import MergeRecipe
               help="Write the merge as mergekit's YAML, and stop.")
 @click.option("--check/--no-check", default=None, help="Load the merged model and look at its logits  [default: below 1 GB].")
 @options.allow_base_mismatch
+@options.executor
 @click.option("--resume", is_flag=True, help="Take the files that a killed merge has finished; keep them at an interrupt.")
 @options.dry_run
 @options.overwrite
@@ -55,7 +56,7 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
 
     RECIPE may be mergekit's YAML (models, slices of whole models, gradients).
     """
-    file = options.recipe_file(given["file"])
+    file, executor = options.recipe_file(given["file"]), options.executor_of(given)
     flags = {key: given[key] for key in ("method", "base", "dialect", "dtype", "rounding", "seed", "engine")}
     flags |= {"adapters": list(adapters) or None, "weights": _weights(given["weights"])}
     for item in given["parameters"]:
@@ -84,7 +85,7 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
                 bar.total = total
                 bar(done, name)
 
-            report = _merge(recipe, out, given, progress)
+            report = _merge(recipe, out, {**given, "executor": executor}, progress)
     lines = _plan_lines(report, out) if given["dry_run"] else _result_lines(report, out)
     options.show(report, lines, as_json=given["as_json"])
 
@@ -104,14 +105,15 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
                 raise UsageError(f"--engine mergekit cannot do --{key} {value}", hint=f"leave it at {only}")
         if given["rank"] is not None or given["max_error"] is not None:
             raise UsageError("--engine mergekit writes whole models", hint="leave out --rank and --max-error")
-        if given["resume"]:
-            raise UsageError("--engine mergekit cannot --resume", hint="leave it out")
+        if given["resume"] or given["executor"].spreads:
+            said = "--resume" if given["resume"] else "--executor ray"
+            raise UsageError(f"--engine mergekit cannot {said}", hint="leave it out")
         return backend.merge(recipe.adapters, **common)
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
                         device=given["device"], rounding=recipe.rounding, rank=given["rank"], max_error=given["max_error"],
-                        resume=given["resume"])
+                        resume=given["resume"], executor=given["executor"])
 
 
 def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:

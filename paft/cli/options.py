@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from paft.catalog import find
+from paft.errors import UsageError
 from paft.progress import duration as duration
 from paft.provenance import to_json
 
@@ -45,6 +46,12 @@ def finite(ctx: click.Context, option: click.Parameter, value: float | None) -> 
     return value
 
 
+executor = stack(
+    click.option("--executor", "executor_name", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+                 help="ray: stages as tasks of a Ray cluster that shares this disk."),
+    click.option("--address", metavar="HOST:PORT", help="Of the cluster, or auto, or local  [default: one that runs here, or"
+                 " one of our own]."),
+)
 common = stack(
     click.option("--json", "as_json", is_flag=True, help="Machine-readable result on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="No progress and no notes."),
@@ -55,6 +62,16 @@ common = stack(
 def recipe_file(name: str | None) -> Path | None:
     """The file of ``-c``, by path or shipped name."""
     return find(name) if name else None
+
+
+def executor_of(given: dict[str, Any]) -> Any:
+    """The executor of ``--executor`` and ``--address``, which are taken out of ``given``."""
+    from paft.executor import Executor
+
+    name, address = given.pop("executor_name"), given.pop("address")
+    if address and name == "local":
+        raise UsageError("--address is of a Ray cluster", hint="add --executor ray")
+    return Executor(name, address, given.get("quiet", False))
 
 
 def show(result: Any, lines: Sequence[str], *, as_json: bool) -> None:

@@ -39,6 +39,9 @@ from paft.errors import UsageError
               help="Of the base in memory.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
               help="Seed of the search and of DARE's masks.")
+@options.executor
+@click.option("--workers", type=click.IntRange(1), metavar="N",
+              help="With --executor ray: tasks that join the study  [default: as the cluster has room].")
 @options.overwrite
 @options.common
 def search(given: tuple[str, ...], **said: Any) -> None:
@@ -55,7 +58,9 @@ def search(given: tuple[str, ...], **said: Any) -> None:
     paft search demo --resume        (continues, or joins from another shell)
     """
     names = _listed(said["methods"])
-    ranges = dict(_range(item) for item in said["ranges"])
+    ranges, executor = dict(_range(item) for item in said["ranges"]), options.executor_of(said)
+    if said["workers"] and not executor.spreads:
+        raise UsageError("--workers is for --executor ray", hint="here --resume joins a study from another shell")
     from paft.models import quiet_libraries
 
     quiet_libraries()
@@ -74,13 +79,19 @@ def search(given: tuple[str, ...], **said: Any) -> None:
         held = {key: said[key] for key in ("sft_test", "pref_test", "beta")}
         plan = plan_adapters(given, said["base"], said["sft_data"], said["pref_data"], **held, **common)
     out = said["out"] or (run[1].with_name(f"{run[1].name}-search") if run else Path("merges/search"))
-    study = said["study"] or out.with_name(f"{out.name}.db")
-    settings = {key: said[key] for key in ("trials", "groups", "seed", "resume", "overwrite", "quiet")}
-    report = find(plan, out, study, methods=names, ranges=ranges, **settings)
+    study = said["study"] or _study_file(out, shared=executor.spreads)
+    settings = {key: said[key] for key in ("trials", "groups", "seed", "resume", "overwrite", "quiet", "workers")}
+    report = find(plan, out, study, methods=names, ranges=ranges, executor=executor, **settings)
     if said["as_json"]:
         options.show(report, [], as_json=True)
         return
     _print(report)
+
+
+def _study_file(out: Path, *, shared: bool) -> Path:
+    """The study beside ``out``: the one that is there, else SQLite, or on a shared disk the journal."""
+    files = [out.with_name(out.name + suffix) for suffix in (".db", ".journal")]
+    return next((file for file in files if file.exists()), files[shared])
 
 
 def _print(report: dict[str, Any]) -> None:

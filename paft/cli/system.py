@@ -28,11 +28,12 @@ _SHOWN = 20  # differences, one a line
 @click.option("--workers", type=click.IntRange(1), metavar="N",
               help="Trainings side by side  [default: one a GPU; on CPU 1, or one a core for a small base].")
 @click.option("--share-base", is_flag=True, help="Train in turns over one copy of the base in memory; the results are the same.")
+@options.executor
 @options.dry_run
 @options.overwrite
 @options.common
 def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, workers: int | None,
-        share_base: bool, dry_run: bool, as_json: bool, quiet: bool, **_: Any) -> None:
+        share_base: bool, dry_run: bool, as_json: bool, quiet: bool, **rest: Any) -> None:
     """Run a pipeline: train, merge, evaluate, one table.
 
     RECIPE is `demo`, another recipe's name, or a path.
@@ -42,9 +43,11 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
     paft run paft --set model=org/name --set data.sft=chat.jsonl \\
         --set data.pref=pairs.jsonl
     paft run demo --set seed=1 -o merges/demo-1 --resume
+    paft run paft -o /shared/paft --executor ray --address auto
     """
     resolved = load(RunRecipe, find(recipe), sets)
     target = out or Path("merges") / resolved.name
+    executor = options.executor_of({**rest, "quiet": quiet})
 
     from paft.models import quiet_libraries
 
@@ -62,7 +65,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
     say(f"paft run {resolved.name}: {len(resolved.train)} adapters, {len(resolved.merge)} merges, base {resolved.model}, "
         f"into {target}", quiet=quiet)
     report = pipeline.run(resolved, target, overwrite=overwrite, resume=resume, quiet=quiet, workers=workers,
-                          share_base=share_base)
+                          share_base=share_base, executor=executor)
     if as_json:
         options.show(report, [], as_json=True)
     else:

@@ -21,6 +21,7 @@ from paft.card import model_card
 from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS
 from paft.errors import UsageError, did_you_mean
+from paft.executor import LOCAL, Executor
 from paft.merge import writer
 from paft.merge.check import check_model
 from paft.merge.device import DEVICES, check_device
@@ -30,6 +31,7 @@ from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
 from paft.merge.settings import Input, Settings, native
 from paft.merge.shards import Shards, finished, key_of
+from paft.merge.spread import counting, write_files
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
@@ -66,6 +68,7 @@ def merge(
     threads: int | None = None,
     check: bool | None = False,
     resume: bool = False,
+    executor: Executor = LOCAL,
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
@@ -76,12 +79,11 @@ def merge(
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
     ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
     ``resume`` takes the files that a killed merge has finished (`paft.merge.shards`), keeps them at an interrupt, and takes an
-    ``out`` that the same merge has made already for what it is.
+    ``out`` that the same merge has made already for what it is. ``executor``: who writes the files (`paft.merge.spread`).
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
-    out = Path(out)
-    check_target(out, overwrite=overwrite or (resume and not dry_run))
+    check_target(out := Path(out), overwrite=overwrite or (resume and not dry_run))
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
@@ -91,10 +93,13 @@ def merge(
               threads or free_cores(), budget, rounding, device)
     job.check_parameters()
     opened.check_apart(out)
-    return estimate(job) if dry_run else _make(job, out, progress, overwrite=overwrite, check=check, resume=resume)
+    return estimate(job) if dry_run else _make(job, out, progress, executor, overwrite, check, resume)
 
 
-def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, check: bool | None, resume: bool) -> dict[str, Any]:
+def _make(job: Job, out: Path, progress: Progress | None, executor: Executor, overwrite: bool, check: bool | None,
+          resume: bool) -> dict[str, Any]:
+    if executor.spreads and job.output_kind != "full":
+        raise UsageError("only a whole model is spread over workers", hint="leave out --executor: the others take little time")
     if resume and job.output_kind != "full":
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
     whole, named = check if job.output_kind == "full" else False, {"out": str(out), "base": job.inputs.reference}
@@ -102,8 +107,10 @@ def _make(job: Job, out: Path, progress: Progress | None, *, overwrite: bool, ch
         return {**known, "check": check_model(out, whole), **named}
     check_target(out, overwrite=overwrite)
     fits(job, out)
+    executor.join()
     with output_dir(out, overwrite=overwrite, resume=resume) as scratch:
-        report = _write(job.with_trims(), scratch, _Steps(progress, len(job.inputs.base.entries)))
+        counted = counting(job, scratch.parent, executor) if executor.spreads else None
+        report = _write(job.with_trims(counted), scratch, _Steps(progress, len(job.inputs.base.entries)), executor)
         report["check"] = check_model(scratch, whole)
     return report | named
 
@@ -125,13 +132,13 @@ def _check_output(kind: str, rounding: str, device: str) -> None:
         raise UsageError("only a whole model is rounded", hint="leave out the rounding")
 
 
-def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
+def _write(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> dict[str, Any]:
     """The output with its manifest; returns the report."""
     started, opened = time.monotonic(), job.inputs
     report = {"method": job.method, "dialect": job.dialect}
     report |= {key: value for key, value in job.recipe().items() if key in ("parameters", "weights")}
     if job.output_kind == "full":
-        found, base_hash, made = _write_full(job, scratch, steps)
+        found, base_hash, made = _write_full(job, scratch, steps, executor)
     else:
         base_hash, made = opened.base_hash or content_hash(opened.base.path), None
         found = _write_part(job, scratch, steps, {"name": opened.base_name, "content_sha256": base_hash})
@@ -141,7 +148,7 @@ def _write(job: Job, scratch: Path, steps: _Steps) -> dict[str, Any]:
     return report
 
 
-def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any], str, Tensors]:
+def _write_full(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> tuple[dict[str, Any], str, Tensors]:
     """A whole model; returns the report, the content hash of the base and the hashes of the model's tensors."""
     tallies = {name: Tally(job.inputs.names) for name in job.inputs.base.entries if name in job.touched}
 
@@ -150,7 +157,10 @@ def _write_full(job: Job, scratch: Path, steps: _Steps) -> tuple[dict[str, Any],
 
     key = key_of(job.recipe(), job.inputs.described(), job.inputs.base)
     shards = Shards.open(scratch, key, tallies)
-    written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps, shards)
+    if executor.spreads:
+        written = write_files(job, scratch, tallies, steps, shards, executor)
+    else:
+        written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps, shards)
     writer.write_companions(job.inputs.base, scratch, job.dtype)
     title = f"{job.inputs.base_name} + {', '.join(job.inputs.names)} ({job.method})"
     card = model_card(title, base=job.inputs.base_name, recipe=job.recipe())

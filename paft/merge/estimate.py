@@ -42,7 +42,7 @@ def estimate(job: Job) -> dict[str, Any]:
         "bytes": {"read": read, "written": written},
         "profile": profile(job.settings, job.inputs.touched(), job.inputs.names),
         "seconds": round(rate * size + written / _COPY_RATE, 2),
-        "memory_bytes": int(_IMPORTS + _working(job)),
+        "memory_bytes": int(_IMPORTS + working(job)),
     }
 
 
@@ -52,7 +52,7 @@ def fits(job: Job, out: Path) -> None:
         check_disk(out, _written(job))
     else:
         fit_output(out, preview(job.output_kind, job.source(), job.budget, job.dtype))
-    check_memory("this merge", _working(job), "set OMP_NUM_THREADS=1, or end other programs")
+    check_memory("this merge", working(job), "set OMP_NUM_THREADS=1, or end other programs")
 
 
 def _written(job: Job) -> int:
@@ -63,7 +63,7 @@ def _written(job: Job) -> int:
     )
 
 
-def _working(job: Job) -> int:
+def working(job: Job) -> int:
     """Bytes of memory for factors and tiles: of all tensors for an adapter, else of those at work."""
     entries = job.inputs.base.entries
     factors = [4 * f.a.shape[0] * sum(f.shape) for adapter in job.inputs.adapters for f in adapter.factors.values()]

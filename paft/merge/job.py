@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from paft.errors import UsageError
 from paft.merge import methods, writer
 from paft.merge.deltas import Source
 from paft.merge.device import making, moved
-from paft.merge.global_trim import model_trims
+from paft.merge.global_trim import Count, model_trims
 from paft.merge.inputs import Inputs
 from paft.merge.lowrank import Budget
 from paft.merge.merged import Merged, products
@@ -86,10 +86,10 @@ class Job:
                 raise UsageError(where + error.message, hint=error.hint) from None
         return plans
 
-    def with_trims(self) -> Job:
+    def with_trims(self, counting: Callable[[int], Count] | None = None) -> Job:
         """The job with its thresholds over the whole model, where the method wants such: passes over all of ΔW."""
         wanted = [parameters for _, _, parameters in self.settings.distinct(self.inputs.touched())]
-        return replace(self, trims=model_trims(self.inputs.deltas, wanted, self.dialect, self.elements))
+        return replace(self, trims=model_trims(self.inputs.deltas, wanted, self.dialect, self.elements, counting))
 
     def merged(self, entry: Entry, read: Read, tally: Tally) -> Iterator[torch.Tensor]:
         """The merged row tiles of one tensor in the output type; raises MismatchError when the type overflows."""

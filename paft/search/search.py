@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paft import data, provenance
 from paft.errors import MismatchError, ResourceError, UsageError
 from paft.evaluate import Evaluator, Held
+from paft.executor import LOCAL, Executor
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.resident import Resident, open_job
 from paft.models import check_load, device, load_model, load_tokenizer
@@ -53,9 +55,11 @@ class _Bench:
 
 def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Sequence[str] | None = None,
            ranges: Mapping[str, tuple[float, float]] | None = None, groups: int = 1, seed: int = 0, resume: bool = False,
-           overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+           overwrite: bool = False, quiet: bool = False, executor: Executor = LOCAL,
+           workers: int | None = None) -> dict[str, Any]:
     """Search until the study has ``trials`` finished trials, write the front into ``out`` and return what front.json holds.
 
+    On Ray ``workers`` tasks, by default as many as the cluster has room for, join the study; the front is made here.
     Raises ResourceError without Optuna, UsageError and MismatchError as `make_space`, `open_study` and the merge do.
     """
     check_optuna()
@@ -64,14 +68,56 @@ def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Seq
     provenance.check_target(out, overwrite=overwrite or resume)
     data.check_leakage({"validation rows": plan.validation.sft, "test rows": plan.test.sft})
     data.check_leakage({"validation rows": plan.validation.pref, "test rows": plan.test.pref})
-    inputs = open_inputs(plan.adapters, plan.base)
-    base = plan.base or inputs.reference
-    space = make_space(inputs, plan.adapters, base, chosen=methods, ranges=ranges, groups=groups, seed=seed)
-    from paft.search.study import Seeded, complete, open_study, run_trials
+    executor.join()
+    inputs, space = _space(plan, asked := _Asked(methods, ranges, groups, seed))
+    from paft.search.study import complete
 
     check_load(inputs.base.path, dtype=plan.dtype)
-    study = open_study(study_file, Seeded(seed, space.anchors()), _about(plan, inputs, space), resume=resume)
+    study = _study(plan, inputs, space, study_file, resume=resume)
+    if executor.spreads and len(complete(study)) < trials:
+        size = sum(entry.nbytes for entry in inputs.base.entries.values())
+        names = [f"{out.name}-{number}" for number in range(1, 1 + (workers or executor.room_for(size)))]
+        executor.graph(dict.fromkeys(names), partial(_join, plan, asked, study_file.absolute(), trials), workers=0,
+                       done=lambda name, result: None, room=study_file.parent, asks=dict.fromkeys(names, executor.ask(size)))
     bench = _bench(plan, inputs)
+    try:
+        _try(bench, space, study, trials, quiet=quiet)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"interrupted; {len(complete(study))} finished trials are kept in {study_file}",
+                                "the same command with --resume continues") from stop
+    return _finish(plan, out, study_file, study, bench, space, overwrite=overwrite or resume)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What of a search is asked for, as every process that joins it must have it."""
+
+    methods: Sequence[str] | None
+    ranges: Mapping[str, tuple[float, float]] | None
+    groups: int
+    seed: int
+
+
+def _space(plan: Plan, asked: _Asked) -> tuple[Inputs, Space]:
+    inputs = open_inputs(plan.adapters, plan.base)
+    return inputs, make_space(inputs, plan.adapters, plan.base or inputs.reference, chosen=asked.methods, ranges=asked.ranges,
+                              groups=asked.groups, seed=asked.seed)
+
+
+def _study(plan: Plan, inputs: Inputs, space: Space, file: Path, *, resume: bool) -> Any:
+    from paft.search.study import Seeded, open_study
+
+    return open_study(file, Seeded(space.seed, space.anchors()), _about(plan, inputs, space), resume=resume)
+
+
+def _join(plan: Plan, asked: _Asked, file: Path, trials: int, name: str) -> None:
+    """In a worker: take part in the study until it has its trials."""
+    inputs, space = _space(plan, asked)
+    _try(_bench(plan, inputs), space, _study(plan, inputs, space, file, resume=True), trials)
+
+
+def _try(bench: _Bench, space: Space, study: Any, trials: int, *, quiet: bool = False) -> None:
+    from paft.search.study import run_trials
 
     def objective(trial: Any) -> tuple[float, float]:
         started, recipe = time.monotonic(), space.suggest(trial)
@@ -81,12 +127,7 @@ def search(plan: Plan, out: Path, study_file: Path, *, trials: int, methods: Seq
         trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
         return scores["sft_loss"], scores["dpo_loss"]
 
-    try:
-        run_trials(study, trials, objective, quiet=quiet)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"interrupted; {len(complete(study))} finished trials are kept in {study_file}",
-                                "the same command with --resume continues") from stop
-    return _finish(plan, out, study_file, study, bench, space, overwrite=overwrite or resume)
+    run_trials(study, trials, objective, quiet=quiet)
 
 
 def check_optuna() -> None:
