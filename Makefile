@@ -21,7 +21,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make test-cluster  the tests on a Ray cluster of three nodes in this machine"
 	@echo "make lint     ruff and pyright"
-	@echo "make bench    make the tables of the README again (half an hour on 2 cores)"
+	@echo "make bench    make the table of the README again, and a run on Ray (an hour on 2 cores)"
 	@echo "make soak     kill, starve and feed rubbish to paft (about an hour): benchmarks/reliability.md"
 	@echo "make clean    remove caches, builds and unfinished outputs; keep $(VENV) and what was trained"
 
@@ -55,7 +55,7 @@ soak: $(STAMP)
 	@$(BIN)/python benchmarks/reliability.py
 
 bench: $(STAMP)
-	@$(BIN)/python benchmarks/demo_table.py
+	@$(BIN)/python benchmarks/compare_table.py
 	@$(BIN)/python benchmarks/on_ray.py
 
 clean:

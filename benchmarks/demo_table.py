@@ -1,10 +1,9 @@
-"""The README's table: `paft run demo` on both bases and three seeds, mean ± standard error over the seeds of a base.
+"""A second base: `paft run demo` on both embedded bases and three seeds, mean ± standard error over the seeds of a base.
 
     python benchmarks/demo_table.py [-o DIR] [--seeds 0 1 2] [--models demo:a demo:b]
 
 Finished stages are kept, so a run that was stopped continues. Writes benchmarks/demo.md (the tables, and paired differences over
-all runs for the questions that the papers raise), benchmarks/demo.json (every number), benchmarks/demo.png, and the short table
-and the differences of the README, between its <!-- table --> marks.
+all runs for the questions that the papers raise), benchmarks/demo.json (every number) and benchmarks/demo.png.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from paft.models import quiet_libraries
 
@@ -31,9 +29,6 @@ from paft.run import run  # noqa: E402
 HERE = Path(__file__).parent
 METRICS = [column.key for column in COLUMNS if column.key != "name"]
 METHODS = ("linear", "task_arithmetic", "ties", "slerp", "dare_linear", "dare_ties")
-SHORT = ("base", "sft", "sft-l1", "dpo", "sft-dpo", "dpo-sft", "dpo-sft-l1", "mix", *METHODS, "task_arithmetic-l1",
-         "task_arithmetic-sparse", "ties-l1", "pruned", "shrunk", "l2")
-SHORT_METRICS = ("exact_match", "pref_accuracy", "ideal")
 
 # (question, rows of one side, rows of the other): the difference of means is paired within each run.
 QUESTIONS = [
@@ -63,23 +58,6 @@ def paired(studies: list[Study], left: list[str], right: list[str]) -> dict[str,
 
 def with_errors(columns: list[Column]) -> list[Column]:
     return [Column(c.key, c.header, c.format, c.help, f"{c.key}_se" if c.key != "name" else "") for c in columns]
-
-
-def short(studies: dict[str, Study], differences: list[dict[str, Any]]) -> str:
-    """The README's part: four columns of each base for the rows that answer a question, and the paired differences."""
-    bases = {model: {row["id"]: row for row in found.rows()} for model, found in studies.items()}
-    rows = []
-    for name in SHORT:
-        row = {"name": next(iter(bases.values()))[name]["name"]}
-        for model, found in bases.items():
-            row |= {f"{model} {key}": value for key, value in found[name].items() if isinstance(value, float)}
-        rows.append(row)
-    columns = [Column("name", "model")]
-    columns += [Column(f"{model} {c.key}", f"{model[-1]}: {c.header}", c.format, "", f"{model} {c.key}_se")
-                for model in bases for c in COLUMNS if c.key in SHORT_METRICS]
-    signs = [c for c in with_errors(COLUMNS) if c.key in ("name", *SHORT_METRICS)]
-    return "\n\n".join([to_markdown(rows, columns).strip(), "Paired differences over all runs (ideal distance: less is better):",
-                        to_markdown(differences, [Column("name", "difference"), *signs[1:]]).strip()])
 
 
 def main() -> None:
@@ -112,11 +90,6 @@ def write(studies: dict[str, Study]) -> None:
     reports = {model: [json.loads((run.path / "report.json").read_text(encoding="utf-8")) for run in found.runs]
                for model, found in studies.items()}
     (HERE / "demo.json").write_text(to_json({"reports": reports, "paired": differences}), encoding="utf-8")
-    readme = HERE.parent / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- /table -->")
-    made = short(studies, differences)
-    readme.write_text(f"{before}<!-- table -->\n{made}\n<!-- /table -->{after}", encoding="utf-8")
     model, first = next(iter(studies.items()))
     rows = [row for row in first.rows() if row["group"] != "base"]
     tradeoff_figure(rows, HERE / "demo.png", x="exact_match", y="pref_accuracy", groups="group", xerr="exact_match_se",
