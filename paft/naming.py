@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from paft.checkpoint import Checkpoint
-from paft.errors import MismatchError
+from paft.errors import MismatchError, PaftError
 from paft.peftfile import EMBEDDINGS, HEADS
 
 
@@ -179,7 +179,7 @@ def _conversions(base: Checkpoint) -> dict[str, Stored]:
 
     try:
         model = skeleton(base.path)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError):
+    except PaftError:
         return {}  # no configuration, or a model that transformers does not know: names are what they are
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]

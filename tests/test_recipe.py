@@ -175,7 +175,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         read_yaml(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
-    with pytest.raises(NotFoundError):
+    with pytest.raises(UsageError):
         read_yaml(tmp_path / "latin.yaml")
 
 

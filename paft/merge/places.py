@@ -18,7 +18,7 @@ import torch
 
 from paft.checkpoint import Checkpoint
 from paft.delta import Delta, LoraDelta
-from paft.errors import MismatchError
+from paft.errors import MismatchError, PaftError
 from paft.models import skeleton
 from paft.naming import Names
 from paft.peftfile import HEADS
@@ -74,7 +74,7 @@ def find_places(base: Checkpoint, names: Iterable[str], deltas: Sequence[Delta])
 def _model(base: Checkpoint) -> Any:
     try:
         return skeleton(base.path)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError):
+    except PaftError:
         return None  # an architecture that transformers does not build by itself
 
 

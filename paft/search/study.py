@@ -100,7 +100,7 @@ def _opened(file: Path, sampler: Any) -> Any:
             return optuna.create_study(storage=_storage(file), sampler=sampler, study_name=NAME, directions=list(DIRECTIONS),
                                        load_if_exists=True)
         except Exception as error:
-            if wait is None or type(error).__name__ != "OperationalError":
+            if wait is None or type(error).__name__ not in ("OperationalError", "IntegrityError"):
                 raise
             time.sleep(wait)
     raise AssertionError
