@@ -14,7 +14,7 @@ from typing import Any
 
 from paft import hub
 from paft.bounded import tried
-from paft.errors import MismatchError, NotFoundError, is_out_of_memory
+from paft.errors import MismatchError, NotFoundError, first_line, is_out_of_memory
 from paft.jsonfile import read_header, read_json
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,8 +44,7 @@ def wrap(model: Any, adapter: str | Path) -> Any:
     except Exception as error:  # of an odd config whatever the variants' code meets
         if is_out_of_memory(error):
             raise
-        said = (str(error).strip().splitlines() or [""])[0][:200]
-        raise MismatchError(f"{adapter} does not fit this base: {said or type(error).__name__}") from error
+        raise MismatchError(f"{adapter} does not fit this base: {first_line(error)}") from error
     check_finite(((key, weight) for key, weight in wrapped.named_parameters() if "default" in key.split(".")), str(adapter))
     return wrapped
 

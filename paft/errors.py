@@ -64,6 +64,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of what a library's error says, or else its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:200]
+
+
 def one_line(text: str) -> str:
     """``text`` without line breaks, escape codes or an end out of sight: what it quotes may be a stranger's."""
     return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))[:_LONGEST]

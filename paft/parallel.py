@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
@@ -52,13 +52,18 @@ def _drive(pool: ProcessPoolExecutor, needs: Mapping[str, str | None], work: Cal
     waiting, finished = dict(needs), set()
     running: dict[Future[Any], str] = {}
     while waiting or running:
-        for name in [name for name, before in waiting.items() if before is None or before in finished or before not in needs]:
+        for name in ready(waiting, finished, needs):
             running[pool.submit(work, name)] = name
             del waiting[name]
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             name = running.pop(future)
             done(name, future.result())
             finished.add(name)
+
+
+def ready(waiting: Mapping[str, str | None], finished: Collection[str], needs: Mapping[str, str | None]) -> list[str]:
+    """The waiting jobs whose predecessor, if it is one of the graph at all, has finished."""
+    return [name for name, before in waiting.items() if before is None or before in finished or before not in needs]
 
 
 def gpus() -> list[str]:

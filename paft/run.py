@@ -18,7 +18,7 @@ from typing import Any
 from paft import data, provenance
 from paft.adapter import read_adapter
 from paft.errors import UsageError
-from paft.executor import LOCAL, Executor
+from paft.executor import LOCAL, SMALL, Executor
 from paft.models import free_cores
 from paft.parallel import gpus
 from paft.preflight import check_disk
@@ -68,7 +68,7 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
 def _default_workers(recipe: RunRecipe) -> int:
     """A training fills a GPU; a small model cannot use two cores for one training, but two trainings can."""
     size = base_size(recipe)
-    return len(gpus()) or (free_cores() if size < 100e6 else 1)
+    return len(gpus()) or (free_cores() if size < SMALL else 1)
 
 
 def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError, UsageError, did_you_mean
+from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError, UsageError, did_you_mean, first_line
 from paft.report.render import Column
 
 SEED = 1234  # the harness's own, for the draw of the shots
@@ -180,15 +180,15 @@ def _work(task: Any, tokenizer: Any, limit: int | None) -> tuple[float, float]:
 
 def _refused(name: str, error: Exception) -> PaftError:
     if isinstance(error, ImportError):
-        return ResourceError(f"task {name} needs a package that is not installed: {_line(error)}",
+        return ResourceError(f"task {name} needs a package that is not installed: {first_line(error)}",
                              hint="pip install 'lm-eval[math,ifeval]'")
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
     if any(isinstance(one, OSError) for one in chain):  # ConnectionError and FileNotFoundError are
-        return NotFoundError(f"the data of task {name} cannot be read: {_line(error)}",
+        return NotFoundError(f"the data of task {name} cannot be read: {first_line(error)}",
                              hint="the hub must be reachable, or the data local, with a task file of your own")
-    return UsageError(f"task {name} cannot be loaded: {_line(error)}", hint="`lm-eval validate` checks a task file")
+    return UsageError(f"task {name} cannot be loaded: {first_line(error)}", hint="`lm-eval validate` checks a task file")
 
 
 def _metrics(found: Any, name: str) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _blamed(task: str, name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, TemplateError) as error:
-        raise MismatchError(f"task {task} on {name}: {_line(error)}") from error
+        raise MismatchError(f"task {task} on {name}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -237,8 +237,3 @@ def _silence() -> Any:
     """No bars and warnings of the harness, which writes them whatever it is told; errors are raised."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paft.errors import PaftError, ResourceError, UsageError
+from paft.errors import PaftError, ResourceError, UsageError, first_line
 from paft.executor.ask import Ask
 from paft.progress import say
 from paft.provenance import versions
@@ -65,7 +65,7 @@ def _init(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **common)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, exceptions.RayError) as error:
         said = f"no Ray cluster answers at {address}" if address else "Ray does not start"
-        why = "" if isinstance(error, ConnectionError) else f": {_first_line(error)}"
+        why = "" if isinstance(error, ConnectionError) else f": {first_line(error)}"
         raise ResourceError(said + why, hint="`ray start --head` starts one; one with a token wants RAY_AUTH_MODE=token and "
                             "RAY_AUTH_TOKEN_PATH=FILE") from error
 
@@ -78,7 +78,7 @@ def _check_listens(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=_HELLO).close()
     except (OSError, OverflowError) as error:
-        raise ResourceError(f"no Ray cluster answers at {address}: {_first_line(error)}",
+        raise ResourceError(f"no Ray cluster answers at {address}: {first_line(error)}",
                             hint="ray status on its head node; the port is 6379 unless said otherwise") from error
 
 
@@ -155,7 +155,7 @@ def _judge(reference: Any, node: str, file: Path, here: Mapping[str, str]) -> No
     except exceptions.RayTaskError as error:
         if isinstance(error.cause, PaftError):
             raise error.cause from None
-        raise ResourceError(f"node {node} cannot run paft: {_first_line(error.cause)}",
+        raise ResourceError(f"node {node} cannot run paft: {first_line(error.cause)}",
                             hint="install paft there, by the same constraints.txt") from error
     except exceptions.RayError as error:
         raise ResourceError(f"node {node} does not answer: {type(error).__name__}", hint="ray status") from error
@@ -179,8 +179,3 @@ def _probe(file: Path) -> dict[str, str]:
         raise ResourceError(f"node {socket.gethostname()} cannot write in {file.parent}: {str(error.strerror).lower()}",
                             hint="choose -o DIR on a disk that every node shares") from error
     return versions()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paft.errors import PaftError, ResourceError
+from paft.errors import PaftError, ResourceError, first_line
 from paft.executor.ask import Ask
 from paft.executor.cluster import check_fits, check_shared
-from paft.parallel import Done
+from paft.parallel import Done, ready
 from paft.progress import Progress, say
 
 RETRIES = 3
@@ -97,7 +97,7 @@ def _drive(needs: Mapping[str, str | None], running: dict[Any, str], submit: Cal
 
     waiting, finished = dict(needs), set()
     while waiting or running:
-        for name in [name for name, before in waiting.items() if before is None or before in finished or before not in needs]:
+        for name in ready(waiting, finished, needs):
             if not workers or len(running) < workers:
                 running[submit(name)] = name
                 del waiting[name]
@@ -128,7 +128,7 @@ def _result(reference: Any, name: str, logs: Logs) -> Any:
         raise ResourceError(f"{name}: its worker was lost {RETRIES + 1} times",
                             hint=f"see {logs.of(name)}; finished stages are kept") from error
     except exceptions.RayError as error:
-        raise ResourceError(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+        raise ResourceError(f"{name}: {type(error).__name__}: {first_line(error)}",
                             hint="ray status; finished stages are kept") from error
 
 

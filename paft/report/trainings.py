@@ -21,6 +21,7 @@ from typing import Any
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.provenance import MANIFEST, read_manifest
 from paft.report.paired import mean_error
+from paft.train.work import read_log
 
 Record = Mapping[str, Any]
 Point = tuple[float, float]  # (f_SFT, f_DPO)
@@ -102,7 +103,7 @@ def read(directory: Path) -> Training:
     alone = _ALONE.get(command, {})
     if command == "train-dpo" and recipe.get("loss", {"sigmoid": 1.0}) != {"sigmoid": 1.0}:
         alone = {"pref_accuracy": alone["pref_accuracy"]}  # the loss is another than DPO's
-    records = _records(directory / "log.jsonl")
+    records = read_log(directory / "log.jsonl")
     evaluations = tuple(filter(None, (_evaluation(each, alone) for each in records)))
     if not evaluations:
         raise UsageError(f"{directory} has no evaluation of an objective in its log", hint=_HINT)
@@ -113,17 +114,6 @@ def read(directory: Path) -> Training:
                     base=str(base.get("content_sha256")), held=_held(command, inputs), evaluations=evaluations,
                     end={**end, **_cost(evaluations[-1], records, manifest)},
                     chosen="".join(str(each.get("chosen", "")) for each in records), optima=_optima(manifest.get("optima") or {}))
-
-
-def _records(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log."""
-    try:
-        found: list[Any] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError:
-        found = [None]
-    if not all(isinstance(each, dict) for each in found):
-        raise MismatchError(f"{log} is not a log of JSON objects, one a line", hint="train again")
-    return found
 
 
 def _evaluation(record: Mapping[str, Any], alone: Mapping[str, str]) -> dict[str, Any] | None:
@@ -143,25 +133,23 @@ def cost(directory: Path) -> dict[str, float]:
     Its seconds are of wall time, with the trainings that estimated f* for it, and without any evaluation on the way.
     """
     manifest = read_manifest(directory) or {}
-    log = directory / "log.jsonl"
-    metrics = manifest.get("metrics") or {}
-    found = _cost({key: metrics[key] for key in ("tokens",) if key in metrics}, _records(log) if log.is_file() else [], manifest)
+    records, metrics = read_log(directory / "log.jsonl"), manifest.get("metrics") or {}
+    found = _cost({key: metrics[key] for key in ("tokens",) if key in metrics}, records, manifest)
     if "seconds" in found:
         estimated = (manifest.get("optima") or {}).get("path")
-        logs = [log, *((directory.parent / estimated).glob("*/log.jsonl") if estimated else ())]
-        found["seconds"] -= sum(_evaluating(each) for each in logs)
+        alone = map(read_log, (directory.parent / estimated).glob("*/log.jsonl")) if estimated else ()
+        found["seconds"] -= sum(map(_evaluating, (records, *alone)))
     return {key: value for key, value in found.items() if key in COST}
 
 
-def _evaluating(log: Path) -> float:
+def _evaluating(records: Sequence[Record]) -> float:
     """Seconds that a training has spent on evaluations."""
-    return max((each.get("evaluation_seconds", 0.0) for each in (_records(log) if log.is_file() else [])), default=0.0)
+    return max((each.get("evaluation_seconds", 0.0) for each in records), default=0.0)
 
 
 def way(directory: Path) -> dict[int, Point]:
     """step -> (f_SFT, f_DPO) of each evaluation of both on the way of the training in a directory; the later of two of a step."""
-    log = directory / "log.jsonl"
-    found = filter(None, (_evaluation(each, {}) for each in (_records(log) if log.is_file() else [])))
+    found = filter(None, (_evaluation(each, {}) for each in read_log(directory / "log.jsonl")))
     return {int(each["step"]): (each["sft_loss"], each["dpo_loss"]) for each in found}
 
 

@@ -51,8 +51,7 @@ def steps(recipe: JointRecipe, trainer: Any) -> int:
 def foreseen(recipe: JointRecipe, args: Any, rows: Mapping[str, Sized]) -> int:
     """T before any row is rendered, where none is dropped; 0 for a budget of tokens, since they are not counted yet."""
     sizes = {"pref": args.per_device_train_batch_size, "sft": recipe.sft_batch_size or args.per_device_train_batch_size}
-    whole = math.floor if args.dataloader_drop_last else math.ceil
-    passes = {name: whole(len(rows[name]) / size) for name, size in sizes.items()}
+    passes = {name: _batches(args, len(rows[name]), size) for name, size in sizes.items()}
     return 0 if recipe.max_tokens else _of_passes(args, passes, SCHEDULES[recipe.method](recipe, 1).together)
 
 
@@ -60,8 +59,12 @@ def of_epochs(args: Any, rows: int) -> int:
     """Optimiser steps, as `Trainer` counts them where no row is dropped or packed."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = (math.floor if args.dataloader_drop_last else math.ceil)(rows / args.per_device_train_batch_size)
+    batches = _batches(args, rows, args.per_device_train_batch_size)
     return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
+
+
+def _batches(args: Any, rows: int, size: int) -> int:
+    return (math.floor if args.dataloader_drop_last else math.ceil)(rows / size)
 
 
 def _of_passes(args: Any, passes: Mapping[str, int], together: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from paft.data import Row, content_hash
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.provenance import read_manifest
 from paft.recipe import JointRecipe
+from paft.train.work import read_log
 
 Point = tuple[float, float]  # (f_DPO, f_SFT) on held-out rows
 
@@ -45,7 +45,7 @@ def read(directory: str) -> list[Point]:
     logs = _logs(directory)
     if not logs:
         raise NotFoundError(f"no log.jsonl in {directory} or one level below", hint="name what `paft train-joint` has made")
-    records = [json.loads(line) for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    records = [record for log in logs for record in read_log(log)]
     points = {(each["eval_dpo_loss"], each["eval_sft_loss"]) for each in records
               if "eval_dpo_loss" in each and "eval_sft_loss" in each}
     if not points:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from paft.errors import MismatchError, UsageError
 from paft.train.schedules import OBJECTIVES, SCHEDULES
-from paft.train.work import PLACES, turn_at
+from paft.train.work import PLACES, read_log, turn_at
 from paft.train.work import place as partial_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def prepare(recipe: JointRecipe, begun: Mapping[str, Any], out: Path, train: Cal
             alone = recipe.model_copy(update={**neutral, "method": "alright", "lam": lam})
             begun_before = (place / name).exists() or partial_of(place / name).exists()
             train(alone, place / name, label=f"{name} alone", resume=begun_before)
-        logs = {name: _log(place / name) for name in OBJECTIVES}
+        logs = {name: read_log(place / name / "log.jsonl") for name in OBJECTIVES}
     step = {name: _last(logs[name], name, place / name) for name in OBJECTIVES}
     held = {name: min(seen) for name in OBJECTIVES
             if (seen := [each[f"eval_{name}_loss"] for log in logs.values() for each in log if "eval_loss" in each])}
@@ -96,10 +96,6 @@ def _hash(begun: Mapping[str, Any]) -> str:
     base = [each["content_sha256"] for each in (begun["base"], begun["base"].get("on")) if each]
     what = [recipe, begun["inputs"], base, begun["reference_sha256"]]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _log(directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _last(log: list[dict[str, Any]], name: str, directory: Path) -> float:

@@ -16,7 +16,7 @@ from paft.data import Row
 from paft.data.load import form
 from paft.data.rows import Note, Stream, silent
 from paft.data.template import check_template
-from paft.errors import MismatchError, UsageError
+from paft.errors import MismatchError, UsageError, first_line
 from paft.jsonfile import read_json
 from paft.models import resolve_base
 from paft.recipe import TrainRecipe
@@ -97,7 +97,7 @@ def template_errors() -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise UsageError(f"the chat template refuses a row: {(str(error).splitlines() or [type(error).__name__])[0][:200]}",
+        raise UsageError(f"the chat template refuses a row: {first_line(error)}",
                          hint="correct the rows, or choose another template with --chat-template") from error
 
 

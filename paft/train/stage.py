@@ -14,7 +14,7 @@ from typing import Any
 from paft.adapter import Adapter, check_low_rank, read_adapter
 from paft.checkpoint import Checkpoint
 from paft.data import Row, content_hash
-from paft.errors import MismatchError, ResourceError, UsageError
+from paft.errors import MismatchError, ResourceError, UsageError, first_line
 from paft.models import linear_names, load_model, parameters, resolve_base, skeleton
 from paft.placement import place
 from paft.progress import say
@@ -248,11 +248,11 @@ def _usage(still_early: Callable[[], bool] = lambda: True) -> Iterator[None]:
     except (ValueError, NotImplementedError) as error:
         if not still_early():
             raise
-        raise UsageError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
+        raise UsageError(f"trainer: {first_line(error)}") from error
     except (ImportError, RuntimeError) as error:
         if not (still_early() and "install" in str(error)):  # a report, an optimiser or a kernel from another package
             raise
-        raise ResourceError(f"trainer: {(str(error).splitlines() or [''])[0][:200]}") from error
+        raise ResourceError(f"trainer: {first_line(error)}") from error
 
 
 def _run(trainer: Any, label: str, running: work.Work, quiet: bool, seat: Seat | None) -> None:

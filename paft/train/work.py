@@ -34,6 +34,18 @@ PROGRESS = "progress.json"  # the last file of a checkpoint that is written: wit
 PLACES = ("model", "on", "data", "eval_data", "sft_data", "pref_data", "sft_eval_data", "pref_eval_data")
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """What a training has logged, none without a log; MismatchError where it is not JSON objects, one a line."""
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        found: list[Any] = [json.loads(line) for line in lines if line.strip()]
+    except ValueError:
+        found = [None]
+    if not all(isinstance(each, dict) for each in found):
+        raise MismatchError(f"{log} is not a log of JSON objects, one a line", hint="train again")
+    return found
+
+
 def leads() -> bool:
     """Is this the process that writes? Under `accelerate launch` or torchrun only the first one is."""
     return os.environ.get("RANK", "0") == "0"
