@@ -24,6 +24,8 @@ from paft.report.seeds import Row, Study
 from paft.report.seeds_tables import findings, tables, to_csv
 from paft.report.trainings import COST, Group, grouped, read
 from paft.report.ways import ways
+from paft.runstore import fetch_tables
+from paft.store import Store
 
 if TYPE_CHECKING:
     from paft.recipe import RunRecipe
@@ -52,35 +54,45 @@ def trainings(directories: Sequence[Path]) -> list[Group]:
     return grouped([read(directory) for directory in directories])
 
 
-def run_seeds(recipe: RunRecipe, out: Path, count: int, *, quiet: bool = False, workers: int | None = None,
+def run_seeds(recipe: RunRecipe, out: Path | Store, count: int, *, quiet: bool = False, workers: int | None = None,
               executor: Executor = LOCAL) -> list[Path]:
     """Run ``recipe`` with ``count`` seeds from its own on, under ``out``/seed-K; finished stages of the same content are kept.
 
-    On Ray the seeds run at once, each as a task that takes no core and waits for those of its stages.
+    On Ray the seeds run at once, each as a task that takes no core and waits for those of its stages. Returns where the runs are
+    on this machine.
     """
     from paft.run import run
 
     found = places(recipe, out, count)
     if executor.spreads:
-        seeds = {place.name: seed for seed, place in found.items()}
+        seeds = {f"seed-{seed}": seed for seed in found}
         work = partial(_run_seed, recipe, out, seeds, workers, replace(executor, address=None, quiet=False))
         executor.graph(dict.fromkeys(seeds), work, workers=0, room=out, asks=dict.fromkeys(seeds, Ask(cpus=0)),
                        done=lambda name, _: say(f"{name} done", quiet=quiet))
-        return list(found.values())
+        return [_tables(place) for place in found.values()]
     for number, (seed, place) in enumerate(found.items(), 1):
         say(f"seed {seed} ({number}/{count}) into {place}", quiet=quiet)
         run(recipe.model_copy(update={"seed": seed}), place, resume=True, quiet=quiet, workers=workers)
-    return list(found.values())
+    return [place.here if isinstance(place, Store) else place for place in found.values()]
 
 
-def _run_seed(recipe: RunRecipe, out: Path, seeds: dict[str, int], workers: int | None, executor: Executor, name: str) -> None:
+def _run_seed(recipe: RunRecipe, out: Path | Store, seeds: dict[str, int], workers: int | None, executor: Executor,
+              name: str) -> None:
     from paft.run import run
 
     run(recipe.model_copy(update={"seed": seeds[name]}), out / name, resume=True, workers=workers, executor=executor)
 
 
-def places(recipe: RunRecipe, out: Path, count: int) -> dict[int, Path]:
-    """seed -> the directory of its run."""
+def _tables(place: Path | Store) -> Path:
+    """A run that was made elsewhere, as far as a comparison reads it."""
+    if isinstance(place, Store):
+        fetch_tables(place)
+        return place.here
+    return place
+
+
+def places(recipe: RunRecipe, out: Path | Store, count: int) -> dict[int, Path | Store]:
+    """seed -> where its run is."""
     return {seed: out / f"seed-{seed}" for seed in range(recipe.seed, recipe.seed + count)}
 
 

@@ -1,4 +1,4 @@
-"""Names into directories: an existing path wins, then the embedded demo bases, then a hub id `org/name[@revision]`."""
+"""Names into directories: a path that exists wins, then the demo bases, then a URL, then a hub id `org/name[@revision]`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from paft.errors import MismatchError, NotFoundError, PaftError, UsageError, did_you_mean
 from paft.jsonfile import read_json
+from paft.store import fetched, is_url
 
 DEMO = Path(__file__).parent / "demo"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
@@ -25,8 +26,8 @@ def demo_bases() -> dict[str, Path]:
 def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None) -> Path:
     """The local directory of a model or adapter, fetched from the hub if need be.
 
-    ``name`` is a path, ``demo`` / ``demo:a`` / ``demo:b``, or ``org/name[@revision]``. Offline mode (``HF_HUB_OFFLINE=1``) is
-    honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
+    ``name`` is a path, ``demo`` / ``demo:a`` / ``demo:b``, ``s3://...`` (`paft.store`), or ``org/name[@revision]``. Offline mode
+    (``HF_HUB_OFFLINE=1``) is honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
     """
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user alone
     if os.path.isdir(path):  # unlike Path's, takes a name that is too long for one that is not there
@@ -40,6 +41,8 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
         if name not in bases:
             raise UsageError(f"there is no demo base {name!r}", hint=did_you_mean(name, bases))
         return bases[name]
+    if is_url(name):
+        return fetched(name, patterns or ["*"])
     return _download(name, kind, patterns)
 
 

@@ -31,19 +31,22 @@ from paft.runeval import evaluate_all
 from paft.runjob import Run, base_size
 from paft.runmerge import merge_all
 from paft.runplan import check, stage_recipe, tasks_of
+from paft.runstore import ADAPTERS, MERGES, begin, fetch, publish, staged
+from paft.store import Store
 from paft.tasks import Harness
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.stage import start_model, train
 from paft.train.work import place
 
 
-def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
+def run(recipe: RunRecipe, out: Path | Store, *, overwrite: bool = False, resume: bool = False, quiet: bool = False,
         workers: int | None = None, share_base: bool = False, executor: Executor = LOCAL) -> dict[str, Any]:
     """Execute ``recipe`` under ``out`` and return the report (also written as report.json); see the module's docstring.
 
     ``workers``: how many trainings run side by side; None is one a GPU; on a CPU one a core, or one for a base from 100 MB up.
     ``share_base``: in this process, what starts from the base takes turns over one copy of it, with the same results.
-    ``executor``: where stages run (`paft.executor`); on Ray as many as the cluster has room for, and ``out`` is on a shared disk.
+    ``executor``: where stages run (`paft.executor`); on Ray as many as the cluster has room for, and ``out`` is on a shared disk,
+    or a `Store` (`paft.runstore`).
     Raises UsageError for a recipe that names unknown stages, what `paft.tasks.Harness` raises for tasks that cannot be asked, and
     MismatchError for a target that is not empty, all before anything is trained.
     """
@@ -54,10 +57,14 @@ def run(recipe: RunRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     check(recipe)
     harness = tasks_of(recipe)
     executor.join()
-    if not resume:
+    store, out = (out, out.here) if isinstance(out, Store) else (None, out)
+    if store:
+        begin(store, overwrite=overwrite, resume=resume)
+    elif not resume:
         provenance.check_target(out, overwrite=overwrite, in_place=True)
     workers = 1 if share_base else workers or (0 if executor.spreads else _default_workers(recipe))
-    job = Run(recipe, out, quiet, workers=workers, resume=resume or executor.spreads, share_base=share_base, executor=executor)
+    job = Run(recipe, out, quiet, workers=workers, resume=resume or executor.spreads, share_base=share_base, executor=executor,
+              store=store)
     started = time.monotonic()
     job.read()
     check_disk(out, sum(base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
@@ -74,6 +81,7 @@ def _default_workers(recipe: RunRecipe) -> int:
 def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any]:
     recipe, out = job.recipe, job.out
     out.mkdir(parents=True, exist_ok=True)
+    fetch(job)
     _train_all(job)
     merge_all(job)
     scores = _evaluate(job, harness)
@@ -81,20 +89,23 @@ def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any
                               base={"name": recipe.model, "content_sha256": job.base_hash},
                               inputs={"sft": data.content_hash(job.sft["train"]), "pref": data.content_hash(job.pref["train"])},
                               wall_s=round(time.monotonic() - started, 1))
-    return write_report(out, recipe, scores, {name: sparsity(read_adapter(job.adapter(name))) for name in recipe.train},
-                        wall_s=round(time.monotonic() - started, 1))
+    report = write_report(out, recipe, scores, {name: sparsity(read_adapter(job.adapter(name))) for name in recipe.train},
+                          wall_s=round(time.monotonic() - started, 1))
+    publish(job)
+    return report
 
 
-def plan(recipe: RunRecipe, out: Path, *, workers: int | None = None) -> dict[str, Any]:
+def plan(recipe: RunRecipe, out: Path | Store, *, workers: int | None = None) -> dict[str, Any]:
     """What `run` would do: stages, rows, disk, and seconds and memory (`paft.runcosts`); nothing is written, no model is loaded.
 
     ``seconds`` are those of the trainings that are not there yet, side by side as ``workers`` allow; a sequence takes longer.
     """
     check(recipe)
     harness = tasks_of(recipe)
-    job = Run(recipe, out, quiet=True, workers=workers or _default_workers(recipe))
+    here = out.here if isinstance(out, Store) else out
+    job = Run(recipe, here, quiet=True, workers=workers or _default_workers(recipe))
     job.read()
-    return foretell(job, harness)
+    return foretell(job, harness) | {"out": str(out)}
 
 
 def _train_all(job: Run) -> None:
@@ -108,6 +119,7 @@ def _train_all(job: Run) -> None:
 
     def done(name: str, manifest: dict[str, Any]) -> None:
         made.append(name)
+        fetch(job, f"{ADAPTERS}/{name}")
         left = (time.monotonic() - started) / len(made) * (len(needs) - len(made))
         say(f"  {name:<14} {manifest['wall_s']:4.0f} s   loss {manifest['metrics'].get('task_loss', float('nan')):.3f}   "
             f"{len(made)}/{len(needs)}" + (f", {duration(left)} of training left" if left else ""), quiet=job.quiet)
@@ -117,19 +129,19 @@ def _train_all(job: Run) -> None:
             del needs[name]
             done(name, manifest)
     asks = {name: job.ask(job.recipe.train[name].resources) for name in needs}
-    job.executor.graph(needs, partial(_train_one, job.there()), workers=min(job.workers, max(1, len(needs))), done=done,
-                       room=job.out, asks=asks)
+    job.executor.graph(needs, staged(job, _train_one, ADAPTERS, makes=ADAPTERS), workers=min(job.workers, max(1, len(needs))),
+                       done=done, room=job.room, asks=asks)
 
 
 def _evaluate(job: Run, harness: Harness | None) -> dict[str, Any]:
     """`evaluate_all`, where the executor puts it."""
     found: dict[str, dict[str, Any]] = {}
-    job.executor.graph({"evaluate": None}, partial(_evaluate_there, job.there(), harness), workers=1, done=found.__setitem__,
-                       room=job.out, asks={"evaluate": job.ask()})
+    work = staged(job, partial(_evaluate_there, harness), ADAPTERS, MERGES, makes="")
+    job.executor.graph({"evaluate": None}, work, workers=1, done=found.__setitem__, room=job.room, asks={"evaluate": job.ask()})
     return found["evaluate"]
 
 
-def _evaluate_there(job: Run, harness: Harness | None, name: str) -> dict[str, Any]:
+def _evaluate_there(harness: Harness | None, job: Run, name: str) -> dict[str, Any]:
     return evaluate_all(job, harness)
 
 

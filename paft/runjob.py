@@ -15,6 +15,7 @@ from paft.progress import say
 from paft.recipe import DpoRecipe, RunRecipe
 from paft.runplan import stage_recipe
 from paft.sections import Resources
+from paft.store import Store
 from paft.train.reference import named_hash
 from paft.train.work import PLACES
 
@@ -37,6 +38,12 @@ class Run:
     share_base: bool = False
     resume: bool = False
     executor: Executor = LOCAL
+    store: Store | None = None  # of a run behind a URL; ``out`` is then its directory on this machine
+
+    @property
+    def room(self) -> Path | Store:
+        """Where every stage finds the run."""
+        return self.store or self.out
 
     def adapter(self, name: str) -> Path:
         return self.out / "adapters" / name

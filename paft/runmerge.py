@@ -12,6 +12,7 @@ from paft.merge.engine import merge
 from paft.progress import Progress
 from paft.recipe import RunMerge
 from paft.runjob import Run, key_of
+from paft.runstore import ADAPTERS, CONTROLS, MERGES, publish, staged
 
 
 def merge_all(job: Run) -> None:
@@ -19,28 +20,32 @@ def merge_all(job: Run) -> None:
     recipe, store = job.recipe, job.out / "merges.json"
     keys = json.loads(store.read_text()) if store.is_file() else {}
     controlled = cache(partial(_controlled, job))  # several merges take the same control
-    left: dict[str, tuple[list[Path], str]] = {}
+    left: dict[str, tuple[list[Path], str]] = {}  # name -> (adapters, below the run's directory; key)
     for name, entry in recipe.merge.items():
         sources = [controlled(entry.of[0], entry.density_like, entry.norm_like), *map(job.adapter, entry.of[1:])]
         if not (keys.get(name) == (key := _key(job, entry, sources)) and job.merged(name).is_dir()
                 and not provenance.verify(job.merged(name))):
-            left[name] = sources, key
+            left[name] = [source.relative_to(job.out) for source in sources], key
+    publish(job, CONTROLS)
     made: list[str] = []
     with Progress("merge", len(left), quiet=job.quiet or job.executor.spreads) as show:
         def done(name: str, _: None) -> None:
             made.append(name)
             keys[name] = left[name][1]
             store.write_text(json.dumps(keys, indent=1))
+            publish(job)
             show(len(made), name)
 
-        job.executor.graph(dict.fromkeys(left), partial(_merge_one, job.there(), left), workers=0 if job.executor.spreads else 1,
-                           done=done, room=job.out, asks=dict.fromkeys(left, job.ask()))
+        work = staged(job, partial(_merge_one, left), ADAPTERS, CONTROLS, makes=MERGES)
+        job.executor.graph(dict.fromkeys(left), work, workers=0 if job.executor.spreads else 1,
+                           done=done, room=job.room, asks=dict.fromkeys(left, job.ask()))
 
 
-def _merge_one(job: Run, left: dict[str, tuple[list[Path], str]], name: str) -> None:
+def _merge_one(left: dict[str, tuple[list[Path], str]], job: Run, name: str) -> None:
     recipe, entry = job.recipe, job.recipe.merge[name]
-    merge([str(source) for source in left[name][0]], base=recipe.model, method=entry.method, parameters=entry.parameters,
-          weights=entry.weights, out=job.merged(name), dtype=recipe.merge_dtype, seed=recipe.seed, overwrite=True)
+    sources = [str(job.out / source) for source in left[name][0]]
+    merge(sources, base=recipe.model, method=entry.method, parameters=entry.parameters, weights=entry.weights,
+          out=job.merged(name), dtype=recipe.merge_dtype, seed=recipe.seed, overwrite=True)
 
 
 def _key(job: Run, entry: RunMerge, sources: list[Path]) -> str:

@@ -22,11 +22,11 @@ SIZED = [file for room in ("paft", "tests", "benchmarks", "examples") for file i
 MAX_FILE, MAX_FUNCTION, MAX_CLASS = 300, 50, 150
 
 # A module may import from its own place in the flow or an earlier one; rooms in one place are siblings.
-FLOW = """errors progress | jsonfile target preflight patterns bounded | yamlfile hub provenance | verify doctor
+FLOW = """errors progress | jsonfile target preflight patterns bounded | yamlfile store | hub provenance | verify doctor
     | complaint sections recipe card | catalog demo attach | data models tokens parallel | executor | checkpoint launch
     | factors | peftfile | adapter | naming | variants | tying | placement | evaluate | train | delta | merge
     | report | answers candidates controls probe search tasks
-    | runplan | runjob | runeval runmerge | runcosts | run | compare | cli | __main__"""
+    | runplan | runjob | runstore | runeval runmerge | runcosts | run | compare | cli | __main__"""
 RANK = {room: rank for rank, rooms in enumerate(FLOW.split("|")) for room in rooms.split()}
 
 CHOICES = {"method", "merge_method", "schedule"}

@@ -29,7 +29,7 @@ Table = tuple[str, list[dict[str, Any]], list[Any]]
 @options.set_option("model=org/name")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Of a recipe: trainings side by side, as in `paft run`.")
 @options.executor
-@click.option("-o", "--out", type=click.Path(path_type=Path),
+@click.option("-o", "--out", type=options.PLACE,
               help="Runs: write compare.md, .json, .csv, .html and .png here  [default: of a recipe merges/NAME-seeds].")
 @options.dry_run
 @options.common
@@ -118,9 +118,14 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
 def _study(found: Any, given: dict[str, Any]) -> None:
     from paft.compare import told, write
     from paft.report.seeds_tables import short_tables, tables
+    from paft.store import Store
 
     rows = found.rows()
-    data = write(found, given["out"]) if given["out"] else told(found, rows)
+    out, store = given["out"], given["out"] if isinstance(given["out"], Store) else None
+    data = write(found, store.here if store else out) if out else told(found, rows)
+    for name in [f"compare.{kind}" for kind in ("md", "json", "csv", "html", "png")] + ["compare-ways.png"] * bool(data["ways"]):
+        if store:
+            store.push_file(name)
     if given["plot"]:
         from paft.report.plots import save
         from paft.report.trajectory import study_figure

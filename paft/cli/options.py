@@ -14,6 +14,7 @@ from paft.catalog import find
 from paft.errors import UsageError
 from paft.progress import duration as duration
 from paft.provenance import to_json
+from paft.store import Store, is_url
 
 F = Callable[..., Any]
 
@@ -27,7 +28,17 @@ def stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return wrap
 
 
-out_option = click.option("-o", "--out", type=click.Path(path_type=Path), help="The directory to make.")
+class _Place(click.ParamType):
+    """A directory of this machine, as a Path, or one behind a URL, as a `paft.store.Store`."""
+
+    name = "PATH|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Store(value) if isinstance(value, str) and is_url(value) else Path(value)
+
+
+PLACE = _Place()
+out_option = click.option("-o", "--out", type=PLACE, help="The directory to make; also s3://..., gs://...")
 recipe_option = click.option("-c", "--recipe", "file", metavar="RECIPE", help="A YAML file, or a name from `paft recipes ls`.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check all, say what would be done and what it costs, write nothing.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")

@@ -15,6 +15,7 @@ from paft.catalog import catalog, find, kind_of
 from paft.cli import options
 from paft.errors import MismatchError, NotFoundError
 from paft.recipe import RunRecipe, load
+from paft.store import Store
 
 _LATER = {"merges": "merge_seconds", "evaluation": "evaluate_seconds"}
 _SHOWN = 20  # differences, one a line
@@ -32,7 +33,7 @@ _SHOWN = 20  # differences, one a line
 @options.dry_run
 @options.overwrite
 @options.common
-def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, resume: bool, workers: int | None,
+def run(recipe: str, sets: tuple[str, ...], out: Path | Store | None, overwrite: bool, resume: bool, workers: int | None,
         share_base: bool, dry_run: bool, as_json: bool, quiet: bool, **rest: Any) -> None:
     """Run a pipeline: train, merge, evaluate, one table.
 
@@ -44,6 +45,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
         --set data.pref=pairs.jsonl
     paft run demo --set seed=1 -o merges/demo-1 --resume
     paft run paft -o /shared/paft --executor ray --address auto
+    paft run paft -o s3://bucket/paft --resume
     """
     resolved = load(RunRecipe, find(recipe), sets)
     target = out or Path("merges") / resolved.name
@@ -57,7 +59,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
     from paft.provenance import check_target
 
     if dry_run:
-        if not resume:
+        if not resume and isinstance(target, Path):
             check_target(target, overwrite=overwrite, in_place=True)
         plan = pipeline.plan(resolved, target, workers=1 if share_base else workers)
         options.show(plan, _plan_lines(plan), as_json=as_json)
@@ -72,7 +74,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | None, overwrite: bool, r
         _print_report(report, target)
 
 
-def _print_report(report: dict[str, Any], out: Path) -> None:
+def _print_report(report: dict[str, Any], out: Path | Store) -> None:
     from rich.console import Console
 
     from paft.report.headtohead import columns_of, task_columns

@@ -3,6 +3,7 @@
     rows.jsonl  rows.json  rows.parquet  rows.csv  rows.tsv  rows.txt      (text kinds also .gz .bz2 .xz, .zst with `zstandard`)
     DIRECTORY                                all data files in it, in order of name; they must be of one kind and one split
     demo:sft | demo:pref | demo:text [:train|validation|test]
+    s3://BUCKET/DIR/rows.jsonl               a file or directory behind a URL (`paft.store`)
     ORG/NAME[@REVISION][#SUBSET][:SPLIT]     the hub; SPLIT as `datasets` writes it: train, test, train[:1000], train[10%:20%]
     PATH[#SUBSET][:SPLIT]                    a downloaded hub repository, `save_to_disk` output, or a slice of a file
 
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 from paft.errors import NotFoundError, PaftError, ResourceError, UsageError, did_you_mean
 from paft.hub import split_revision
+from paft.store import fetched, is_url
 
 Row = dict[str, Any]
 Split = Literal["train", "validation", "test"]
@@ -64,7 +66,7 @@ def read(source: str, split: Split | None = None, *, streaming: bool = False) ->
     """The rows of ``source``; ``split`` is used where the source names none. Nothing is held in memory when ``streaming``."""
     if source.split(":")[0] == "demo":
         return _demo(source, split)
-    place = Place.parse(source)
+    place = Place.parse(str(fetched(source)) if is_url(source) else source)
     path = place.path
     if not os.path.exists(path):
         return _hub(place, source, split or "train", streaming)

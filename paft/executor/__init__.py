@@ -16,6 +16,7 @@ from typing import Any
 
 from paft.executor.ask import Ask as Ask
 from paft.parallel import Done, run_graph
+from paft.store import Store
 
 NAMES = ("local", "ray")
 
@@ -33,11 +34,11 @@ class Executor:
         """Do jobs run on other machines, where only shared directories are seen?"""
         return self.name != "local"
 
-    def graph(self, needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done, room: Path,
+    def graph(self, needs: Mapping[str, str | None], work: Callable[[str], Any], *, workers: int, done: Done, room: Path | Store,
               asks: Mapping[str, Ask] | None = None, show: bool = True) -> None:
         """Run the jobs, at most ``workers`` at once (0: as there is room); on Ray each with its ``asks``.
 
-        Its log is in ``room``/logs; ``show`` draws progress of all and says where the logs are.
+        Its log is in ``room``/logs, behind a Store's URL when it ends; ``show`` draws progress and says where the logs are.
         Raises what a job raises, and ResourceError as `run_graph`, `cluster.connect` and `cluster.check_shared`.
         """
         if not self.spreads:

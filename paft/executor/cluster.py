@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from paft.errors import PaftError, ResourceError, UsageError, first_line
 from paft.executor.ask import Ask
 from paft.progress import say
 from paft.provenance import versions
+from paft.store import Bucket, Store
 
 PATIENCE = 60.0  # seconds that a node has to answer
 _HELLO = 5.0  # seconds that an address has to take a connection
 # Where the hub's files are: what is said here holds on every node. Tokens stay where they are.
 _PASSED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-_CHECKED: set[tuple[str, Path]] = set()
+_CHECKED: set[tuple[str, Path | Bucket]] = set()
+Probe = Path | tuple[Bucket, str]  # a file that a node writes and this machine sees
 
 
 def connect(address: str | None, *, quiet: bool = False) -> None:
@@ -120,18 +123,20 @@ def _wanted(ask: Ask) -> dict[str, float]:
     return {"GPU": ask.gpus, "CPU": ask.cpus, "memory": ask.memory}
 
 
-def check_shared(room: Path) -> None:
+def check_shared(room: Path | Store) -> None:
     """ResourceError for a node that cannot write in ``room``, writes another directory, or has other versions of packages."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    room, here = Path(os.path.realpath(room)), versions()
+    seen = room.bucket if isinstance(room, Store) else Path(os.path.realpath(room))
+    here = versions()
     remote, asked = ray.remote(_probe), {}
     for node in _nodes():
-        key = (node["NodeID"], room)
+        key = (node["NodeID"], seen)
         if key not in _CHECKED:
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            file = room / f".probe-{uuid.uuid4().hex}"
+            name = f".probe-{uuid.uuid4().hex}"
+            file = seen / name if isinstance(seen, Path) else (seen, name)
             asked[remote.options(num_cpus=0, max_retries=1, scheduling_strategy=place).remote(file)] = (node, file)
             _CHECKED.add(key)
     try:
@@ -142,10 +147,11 @@ def check_shared(room: Path) -> None:
         raise
     finally:
         for _, file in asked.values():
-            file.unlink(missing_ok=True)
+            with suppress(PaftError):
+                file.unlink(missing_ok=True) if isinstance(file, Path) else file[0].remove(file[1])
 
 
-def _judge(reference: Any, node: str, file: Path, here: Mapping[str, str]) -> None:
+def _judge(reference: Any, node: str, file: Probe, here: Mapping[str, str]) -> None:
     import ray
     from ray import exceptions
 
@@ -160,22 +166,26 @@ def _judge(reference: Any, node: str, file: Path, here: Mapping[str, str]) -> No
     except exceptions.RayError as error:
         raise ResourceError(f"node {node} does not answer: {type(error).__name__}", hint="ray status") from error
     for _ in range(20):  # a network disk may show a new file a little later
-        if file.exists():
+        if file.exists() if isinstance(file, Path) else file[0].has(file[1]):
             break
         time.sleep(0.1)
     else:
-        raise ResourceError(f"what node {node} writes in {file.parent} is not seen here", hint="choose -o DIR on a shared disk")
+        where = file.parent if isinstance(file, Path) else file[0].url
+        raise ResourceError(f"what node {node} writes in {where} is not seen here", hint="choose -o DIR on a shared disk")
     for name, version in here.items():
         if there.get(name) != version:
             raise ResourceError(f"node {node} has {name} {there.get(name, 'not at all')}, and this machine {version}",
                                 hint="install the same constraints.txt on every node")
 
 
-def _probe(file: Path) -> dict[str, str]:
+def _probe(file: Probe) -> dict[str, str]:
     """On a node: write a file, say what is installed."""
+    if not isinstance(file, Path):
+        file[0].write(file[1], b"")
+        return versions()
     try:
         file.touch()
     except OSError as error:
         raise ResourceError(f"node {socket.gethostname()} cannot write in {file.parent}: {str(error.strerror).lower()}",
-                            hint="choose -o DIR on a disk that every node shares") from error
+                            hint="choose -o DIR on a disk that every node shares, or a URL") from error
     return versions()

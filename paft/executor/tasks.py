@@ -24,6 +24,7 @@ from paft.executor.ask import Ask
 from paft.executor.cluster import check_fits, check_shared
 from paft.parallel import Done, ready
 from paft.progress import Progress, say
+from paft.store import Store
 
 RETRIES = 3
 _STEP = re.compile(r"\S[^:]*: \d+/\d+(?=, )")  # as `Progress` writes into a log
@@ -33,12 +34,23 @@ _GRACE = 10.0  # seconds that a cancelled job has to clean up
 
 @dataclass(frozen=True)
 class Logs:
-    """The logs of jobs, under a directory that every node sees."""
+    """The logs of jobs, under a directory that every node sees, or on the disk of each and then behind a Store's URL."""
 
-    room: Path
+    room: Path | Store
 
     def of(self, name: str) -> Path:
-        return self.room.absolute() / "logs" / f"{name}.log"
+        room = self.room.here if isinstance(self.room, Store) else self.room.absolute()
+        return room / "logs" / f"{name}.log"
+
+    def send(self, name: str) -> None:
+        """Where the job ran on a node's own disk: its log behind the URL."""
+        if isinstance(self.room, Store):
+            with contextlib.suppress(PaftError):  # it says how a job went, and is not its result
+                self.room.push_file(f"logs/{name}.log")
+
+    @property
+    def told(self) -> str:
+        return f"{self.room.url if isinstance(self.room, Store) else self.room}/logs/STAGE.log"
 
     def last(self, name: str) -> str:
         """How far a job is, by the last line that its progress wrote: ``sft: 40/200``."""
@@ -72,7 +84,7 @@ def run_tasks(needs: Mapping[str, str | None], work: Callable[[str], Any], *, wo
     check_shared(logs.room)
     if logs not in _TOLD:
         _TOLD.add(logs)
-        say(f"logs: {logs.room}/logs/STAGE.log", quiet=quiet)
+        say(f"logs: {logs.told}", quiet=quiet)
     held, running = ray.put(work), {}
     try:
         with Progress("ray", len(needs), quiet=quiet) as show:
@@ -88,7 +100,7 @@ def _submit(name: str, held: Any, ask: Ask, logs: Logs) -> Any:
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, int(ask.cpus))
     task = ray.remote(_task).options(num_cpus=ask.cpus, num_gpus=ask.gpus, memory=int(ask.memory) or None, max_retries=RETRIES,
                                      name=f"paft {name}")
-    return task.remote(held, name, os.getcwd(), logs.of(name), threads)
+    return task.remote(held, name, os.getcwd(), logs, threads)
 
 
 def _drive(needs: Mapping[str, str | None], running: dict[Any, str], submit: Callable[[str], Any], workers: int,
@@ -143,7 +155,7 @@ def _stop(running: list[Any]) -> None:
             ray.cancel(reference, force=True)
 
 
-def _task(work: Callable[[str], Any], name: str, directory: str, log: Path, threads: int) -> Any:
+def _task(work: Callable[[str], Any], name: str, directory: str, logs: Logs, threads: int) -> Any:
     """On a node: the driver's directory, where there is one, its share of threads, and everything that is said into the log."""
     if os.path.isdir(directory):
         os.chdir(directory)  # relative paths mean what they mean to the driver
@@ -154,6 +166,8 @@ def _task(work: Callable[[str], Any], name: str, directory: str, log: Path, thre
     import torch
 
     torch.set_num_threads(threads)
+    log = logs.of(name)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {name} on {socket.gethostname()}, process {os.getpid()}")
         try:
@@ -163,3 +177,6 @@ def _task(work: Callable[[str], Any], name: str, directory: str, log: Path, thre
             if not isinstance(error, PaftError):
                 traceback.print_exc(file=sys.stderr)
             raise
+        finally:
+            file.flush()
+            logs.send(name)

@@ -1,0 +1,163 @@
+"""A run whose directory is a URL: each stage fetches what it reads, works on the disk of its node, and writes back what it made.
+
+    driver    fetch all but the weights of merges ──> graphs of stages ──> publish the tables
+    a stage   pull what it reads ──> work in `Store.here` ──> push what it made; meanwhile its newest checkpoint, its scores
+
+A node that had a part in the run before has its files still. A training that is tried on another node goes on from its
+checkpoint; the training that stands there under its name is the later one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paft.errors import MismatchError, PaftError
+from paft.provenance import MANIFEST
+from paft.runjob import Run
+from paft.store import Store
+from paft.train.work import newest, place
+
+BEAT = 5.0  # seconds between two looks for a new checkpoint
+ADAPTERS, MERGES, CONTROLS = "adapters", "merges", "rescaled"
+_CACHES = ("merges.json", "scores.json")
+_TABLES = (MANIFEST, "report.json", "report.md", "tradeoff.png", "sparsity.png", *_CACHES)
+
+
+def begin(store: Store, *, overwrite: bool, resume: bool) -> None:
+    """MismatchError for a URL where something is, unless it is to go on or to be replaced; what is here of it goes with it."""
+    if resume:
+        return
+    if store.bucket.files():
+        if not overwrite:
+            raise MismatchError(f"{store.url} is not empty", hint="choose another -o URL, or pass --resume or --overwrite")
+        store.bucket.remove("")
+    shutil.rmtree(store.here, ignore_errors=True)
+
+
+def staged(job: Run, work: Callable[[Run, str], Any], *reads: str, makes: str) -> Callable[[str], Any]:
+    """``work(job, name)`` as an executor calls it, by the name alone.
+
+    Of a run behind a URL it ``reads`` the artefacts below these directories, and ``makes`` those of its name below another.
+    """
+    return partial(_at, job.there(), work, reads, makes)
+
+
+def _at(job: Run, work: Callable[[Run, str], Any], reads: tuple[str, ...], makes: str, name: str) -> Any:
+    if job.store is None:
+        return work(job, name)
+    store, job = job.store, replace(job, out=job.store.here)
+    _pull(store, *reads)
+    if not makes:
+        store.pull_file(_CACHES[1])
+        with _following(partial(_send_scores, store)):
+            return work(job, name)
+    out = job.out / makes / name
+    unfinished = _name(job, place(out))
+    if not place(out).is_dir():
+        store.pull(unfinished)
+    with _following(partial(_send_checkpoint, store, place(out), unfinished)):
+        found = work(job, name)
+    for each in _finished(job.out, makes):  # beside its own the trainings that estimated its optima
+        if each == _name(job, out) or each not in store.names():
+            store.push(each)
+    store.remove(unfinished)
+    return found
+
+
+def fetch(job: Run, *only: str) -> None:
+    """On the driver: what of the run is finished, as far as it is looked at here."""
+    if job.store is None:
+        return
+    for name in only:
+        job.store.pull(name)
+    if not only:
+        _pull(job.store, ADAPTERS, CONTROLS)
+        _pull(job.store, MERGES, weights=not job.executor.spreads)
+        for name in _CACHES:
+            job.store.pull_file(name)
+
+
+def fetch_tables(store: Store) -> None:
+    """Of a finished run what a comparison reads: its tables, and what its trainings cost."""
+    _pull(store, ADAPTERS, weights=False)
+    for name in _TABLES:
+        store.pull_file(name)
+
+
+def publish(job: Run, *below: str) -> None:
+    """On the driver: the artefacts that it has made itself, below these directories, and the tables."""
+    if job.store is None:
+        return
+    for name in _finished(job.out, *below):
+        job.store.push(name)
+    for name in _TABLES:
+        if (job.out / name).is_file():
+            job.store.push_file(name)
+
+
+def _pull(store: Store, *below: str, weights: bool = True) -> None:
+    for name in store.names():
+        if name.split("/")[0] in below and not name.endswith(".partial"):
+            store.pull(name, weights=weights)
+
+
+def _finished(out: Path, *below: str) -> list[str]:
+    """The artefacts below these directories that stand there complete."""
+    found = [file.parent.relative_to(out) for each in below for file in sorted((out / each).rglob(MANIFEST))]
+    return [path.as_posix() for path in found if not any(part.startswith(".") or ".partial" in part for part in path.parts)]
+
+
+def _name(job: Run, path: Path) -> str:
+    return path.relative_to(job.out).as_posix()
+
+
+@contextmanager
+def _following(send: Callable[[Any], Any]) -> Iterator[None]:
+    """Call ``send(what the last call returned)`` now and then; the service may rest for a while."""
+    stop = threading.Event()
+
+    def follow() -> None:
+        last = None
+        while not stop.wait(BEAT):
+            with suppress(PaftError, OSError):
+                last = send(last)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _send_checkpoint(store: Store, directory: Path, name: str, last: Path | None) -> Path | None:
+    """The newest checkpoint of a training, with a copy of its log, which grows meanwhile."""
+    checkpoint = newest(directory)
+    if checkpoint is not None and checkpoint != last:
+        frozen = store.here / f".{directory.name}.sent"
+        shutil.rmtree(frozen, ignore_errors=True)
+        try:
+            shutil.copytree(checkpoint, frozen / checkpoint.name)
+            for file in directory.iterdir():
+                if file.is_file():
+                    shutil.copyfile(file, frozen / file.name)
+            store.push(name, frozen)
+        finally:
+            shutil.rmtree(frozen, ignore_errors=True)
+    return checkpoint
+
+
+def _send_scores(store: Store, last: int | None) -> int | None:
+    file = store.here / _CACHES[1]
+    changed = file.stat().st_mtime_ns if file.is_file() else None
+    if changed != last:
+        store.push_file(_CACHES[1])
+    return changed
