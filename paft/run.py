@@ -31,7 +31,7 @@ from paft.runeval import evaluate_all
 from paft.runjob import Run, base_size
 from paft.runmerge import merge_all
 from paft.runplan import check, stage_recipe, tasks_of
-from paft.runstore import ADAPTERS, MERGES, begin, fetch, publish, staged
+from paft.runstore import ADAPTERS, MERGES, check_free, clear, fetch, publish, staged
 from paft.store import Store
 from paft.tasks import Harness
 from paft.train.interleave import Seat, Turn, interleave
@@ -57,18 +57,18 @@ def run(recipe: RunRecipe, out: Path | Store, *, overwrite: bool = False, resume
     check(recipe)
     harness = tasks_of(recipe)
     executor.join()
+    if not resume:
+        check_free(out, overwrite=overwrite)
     store, out = (out, out.here) if isinstance(out, Store) else (None, out)
-    if store:
-        begin(store, overwrite=overwrite, resume=resume)
-    elif not resume:
-        provenance.check_target(out, overwrite=overwrite, in_place=True)
     workers = 1 if share_base else workers or (0 if executor.spreads else _default_workers(recipe))
     job = Run(recipe, out, quiet, workers=workers, resume=resume or executor.spreads, share_base=share_base, executor=executor,
               store=store)
     started = time.monotonic()
     job.read()
     check_disk(out, sum(base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
-    with provenance.claim(Path(os.path.realpath(out))), provenance.set_aside(out, aside=overwrite and not resume):
+    with provenance.claim(Path(os.path.realpath(out))), provenance.set_aside(out, aside=overwrite and not resume and not store):
+        if store and not resume:
+            clear(store)
         return _execute(job, harness, started)
 
 

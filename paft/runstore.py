@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from paft.errors import MismatchError, PaftError
-from paft.provenance import MANIFEST
+from paft.provenance import MANIFEST, check_target
 from paft.runjob import Run
 from paft.store import Store
 from paft.train.work import newest, place
@@ -30,14 +30,17 @@ _CACHES = ("merges.json", "scores.json")
 _TABLES = (MANIFEST, "report.json", "report.md", "tradeoff.png", "sparsity.png", *_CACHES)
 
 
-def begin(store: Store, *, overwrite: bool, resume: bool) -> None:
-    """MismatchError for a URL where something is, unless it is to go on or to be replaced; what is here of it goes with it."""
-    if resume:
-        return
-    if store.bucket.files():
-        if not overwrite:
-            raise MismatchError(f"{store.url} is not empty", hint="choose another -o URL, or pass --resume or --overwrite")
-        store.bucket.remove("")
+def check_free(target: Path | Store, *, overwrite: bool) -> None:
+    """MismatchError for a target where something is that is not to be replaced."""
+    if isinstance(target, Path):
+        check_target(target, overwrite=overwrite, in_place=True)
+    elif not overwrite and target.bucket.files():
+        raise MismatchError(f"{target} is not empty", hint="choose another -o URL, or pass --resume or --overwrite")
+
+
+def clear(store: Store) -> None:
+    """Nothing of an earlier run stays, there or here; an object store has no place to put it aside."""
+    store.bucket.remove("")
     shutil.rmtree(store.here, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ from paft.tokens import encode
 
 HERE = Path(__file__).parent
 LENGTH = 128
-ASKED = "base sft dpo sft-dpo dpo-sft mix task_arithmetic ties ties-l1".split()  # the rows that answer the tasks
+ASKED = "base sft dpo sft-dpo ties ties-l1".split()  # the rows that answer the tasks
 TASKS = {
     "hellaswag": ("hellaswag_val_1k.jsonl", "{{ctx}}", "{{endings}}", "{{label}}", "acc_norm"),
     "piqa": ("piqa.jsonl", "{{query}}\nAnswer:", "{{choices}}", "{{gold}}", "acc_norm"),

@@ -14,6 +14,7 @@ from paft.cli import options
 from paft.errors import UsageError
 from paft.progress import say
 from paft.provenance import MANIFEST
+from paft.store import Store, fetched, is_url
 
 Table = tuple[str, list[dict[str, Any]], list[Any]]
 
@@ -52,7 +53,7 @@ def compare(inputs: tuple[str, ...], **given: Any) -> None:
     from paft.compare import RUN, TRAINING, kind_of, trainings
     from paft.report.seeds import study
 
-    paths = [Path(each) for each in inputs]
+    paths = [fetched(each, ["*.json", "*.jsonl"]) if is_url(each) else Path(each) for each in inputs]
     estimates = [path for path in paths if path.name.startswith("optima-") and path.is_dir() and not (path / MANIFEST).is_file()]
     if estimates:  # `paft compare study/*` names them too
         say(f"note: {estimates[0]} left out: it holds the trainings that estimated f*", quiet=given["quiet"])
@@ -118,7 +119,6 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
 def _study(found: Any, given: dict[str, Any]) -> None:
     from paft.compare import told, write
     from paft.report.seeds_tables import short_tables, tables
-    from paft.store import Store
 
     rows = found.rows()
     out, store = given["out"], given["out"] if isinstance(given["out"], Store) else None

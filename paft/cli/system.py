@@ -15,7 +15,7 @@ from paft.catalog import catalog, find, kind_of
 from paft.cli import options
 from paft.errors import MismatchError, NotFoundError
 from paft.recipe import RunRecipe, load
-from paft.store import Store
+from paft.store import Store, fetched
 
 _LATER = {"merges": "merge_seconds", "evaluation": "evaluate_seconds"}
 _SHOWN = 20  # differences, one a line
@@ -56,11 +56,11 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | Store | None, overwrite:
     quiet_libraries()
     from paft import run as pipeline
     from paft.progress import say
-    from paft.provenance import check_target
+    from paft.runstore import check_free
 
     if dry_run:
-        if not resume and isinstance(target, Path):
-            check_target(target, overwrite=overwrite, in_place=True)
+        if not resume:
+            check_free(target, overwrite=overwrite)
         plan = pipeline.plan(resolved, target, workers=1 if share_base else workers)
         options.show(plan, _plan_lines(plan), as_json=as_json)
         return
@@ -160,11 +160,11 @@ def _verb(file: Path) -> str:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=options.PLACE, metavar="DIR|URL")
 @click.option("--against", multiple=True, metavar="DIR", type=click.Path(path_type=Path),
               help="A base or an adapter that it should be made from.")
 @options.common
-def verify(directory: Path, against: tuple[Path, ...], as_json: bool, **_: Any) -> None:
+def verify(directory: Path | Store, against: tuple[Path, ...], as_json: bool, **_: Any) -> None:
     """Check an artefact, or a whole run, against paft.json.
 
     Hashes tensors and files again and names what differs: a tensor, a file, a
@@ -176,7 +176,7 @@ def verify(directory: Path, against: tuple[Path, ...], as_json: bool, **_: Any) 
     """
     from paft.verify import verify_tree
 
-    report = verify_tree(directory, against)
+    report = verify_tree(directory if isinstance(directory, Path) else fetched(directory.url), against)
     differences, count = report["differences"], report["artefacts"]
     lines = differences[:_SHOWN] + ([f"and {len(differences) - _SHOWN} more"] if len(differences) > _SHOWN else [])
     several = f"{count} artefacts are" if count > 1 else "it is"
