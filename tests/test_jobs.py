@@ -64,7 +64,7 @@ def test_the_kubernetes_jobs_are_whole() -> None:
 
 def _of_ray(line: list[str]) -> None:
     known = {option for parameter in cli.commands["run"].params for option in parameter.opts}
-    assert {part for part in line if part.startswith("-")} <= known | {"--executor", "--address"}
+    assert {part for part in line if part.startswith("-")} <= known
 
 
 def test_the_sky_task_is_whole() -> None:

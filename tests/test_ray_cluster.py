@@ -52,9 +52,15 @@ class Cluster:
     nodes: list[subprocess.Popen[bytes]]
 
     def start(self, *words: str, before: tuple[str, ...] = ()) -> None:
+        """A node, with a directory of its own for what it fetches from URLs."""
         ray = Path(sys.executable).with_name("ray")
-        self.nodes.append(subprocess.Popen([*before, str(ray), "start", *words, *NODE], env=self.env, cwd=ROOT,
+        env = {**self.env, "PAFT_CACHE": str(self.caches / str(len(self.nodes)))}
+        self.nodes.append(subprocess.Popen([*before, str(ray), "start", *words, *NODE], env=env, cwd=ROOT,
                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
+
+    @property
+    def caches(self) -> Path:
+        return self.room / "caches"
 
     def stop(self) -> None:
         for node in reversed(self.nodes):
@@ -163,6 +169,27 @@ def test_a_worker_killed_in_each_stage_goes_on_from_its_checkpoint(cluster: Clus
     same(out, local[1])
 
 
+def test_nodes_that_share_no_disk(cluster: Cluster, tiny_base: Path, tmp_path: Path) -> None:
+    """All they share is a URL; the node that trains dies with its disk, and another goes on from the checkpoint there."""
+    recipe, bucket = str(recipe_of(tmp_path, tiny_base, 40)), tmp_path / "bucket"
+    line = ["run", recipe, "--set", "train.both.trainer.max_steps=400"]
+    done = subprocess.run([sys.executable, "-m", "paft", *line, "-q", "--workers", "1", "-o", str(tmp_path / "here")], cwd=ROOT,
+                          check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command = cluster.paft(*line, "-o", f"file://{bucket}")
+    try:
+        until(lambda: (bucket / "adapters" / "both.partial" / ".paft-files.json").is_file(), "a checkpoint behind the URL")
+        logs = list(cluster.caches.glob("*/trees/*/logs/both.log"))
+        assert len(logs) == 1 and len(list(cluster.caches.iterdir())) > 1
+        os.kill(process(logs[0]), signal.SIGKILL)
+        shutil.rmtree(logs[0].parents[3])  # all that the node had
+        finish(command)
+    finally:
+        command.kill()
+    assert re.search(r"resuming at step \d+", (bucket / "logs" / "both.log").read_text())
+    same(bucket, tmp_path / "here")
+
+
 def test_a_driver_that_dies_is_started_again_and_goes_on(cluster: Cluster, local: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = cluster.paft("run", str(local[0]), "-o", str(out))
@@ -209,6 +236,21 @@ def test_a_merge_by_three_workers(cluster: Cluster, tiny_base: Path, make_adapte
         finish(cluster.paft(*line, "-o", str(there)))
         made = {file.name: file.read_bytes() for file in there.glob("*.safetensors")}
         assert len(made) >= 4 and made == {file.name: file.read_bytes() for file in here.glob("*.safetensors")}
+
+
+def test_the_slurm_job_starts_a_cluster_and_runs_on_it(local: tuple[Path, Path], tmp_path: Path) -> None:
+    """docs/jobs/ray.sbatch with a Slurm of one machine: `scontrol` and `srun` are a line each."""
+    srun = 'while [[ "$1" == -* ]]; do [[ "$1" == -w ]] && shift; shift; done; exec "$@"'
+    for name, text in (("scontrol", "echo 127.0.0.1"), ("srun", srun), ("paft", f'exec {sys.executable} -m paft "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    found = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": found, "SLURM_JOB_NODELIST": "one", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid()),
+           "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    job = ["bash", str(ROOT / "docs/jobs/ray.sbatch"), "run", str(local[0]), "-o", str(tmp_path / "out")]
+    done = subprocess.run(job, cwd=ROOT, env=env, text=True, capture_output=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", local[1])
 
 
 def test_without_the_token_of_the_cluster_it_is_one_line(cluster: Cluster, local: tuple[Path, Path], tmp_path: Path) -> None:

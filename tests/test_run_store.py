@@ -27,7 +27,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_of(folder: Path, base: Path, **trainer: object) -> str:
-    own = {"lora": {"r": 2, "alpha": 4}, "trainer": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, **trainer}}
+    own = {"lora": {"r": 2, "alpha": 4},
+           "trainer": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, **trainer}}
     sft, pref = write_jsonl(folder / "s.jsonl", chat_rows(60)), write_jsonl(folder / "p.jsonl", pair_rows(60))
     recipe = folder / "tiny.yaml"
     recipe.write_text(json.dumps({
@@ -75,9 +76,10 @@ def test_a_url_where_something_is_stays_as_it_is(tiny_base: Path, tmp_path: Path
 def test_seeds_behind_a_url_are_compared_anywhere(tiny_base: Path, tmp_path: Path, capsys: Capture,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"file://{tmp_path}/bucket"
-    assert invoke(["compare", recipe_of(tmp_path, tiny_base), "--seeds", "2", "-q", "--json", "-o", url]) == 0
+    few = ["--set", "evaluate.rows=2", "--set", 'train={"sft":{"objective":"sft"},"dpo":{"objective":"dpo"}}']
+    assert invoke(["compare", recipe_of(tmp_path, tiny_base), "--seeds", "2", *few, "-q", "--json", "-o", url]) == 0
     here = json.loads(capsys.readouterr().out)
-    assert [row["runs"] for row in here["rows"]] == [2] * 6
+    assert [row["runs"] for row in here["rows"]] == [2] * 5
     assert {"compare.md", "compare.html", "seed-0", "seed-1"} <= {path.name for path in (tmp_path / "bucket").iterdir()}
     monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "two"))
     assert invoke(["compare", f"{url}/seed-0", f"{url}/seed-1", "--json"]) == 0
@@ -88,7 +90,8 @@ def test_a_machine_that_is_lost_has_left_its_last_checkpoint(tiny_base: Path, tm
     url, partial = f"file://{tmp_path}/bucket", "adapters/both.partial"
     recipe = recipe_of(tmp_path, tiny_base, max_steps=400, save_strategy="steps", save_steps=5)
     line = [sys.executable, "-m", "paft", "run", recipe, "--workers", "1", "--resume", "--set", "evaluate.rows=2",
-            "--set", "defaults.sft.trainer.max_steps=2", "--set", 'merge={"ties":{"of":["sft","dpo"],"method":"linear"}}', "-o", url]
+            "--set", "defaults.sft.trainer.max_steps=2", "-o", url,
+            "--set", 'merge={"one":{"of":["sft","dpo"],"method":"linear"}}']
     lost = {**os.environ, "PAFT_CACHE": str(tmp_path / "lost")}
     command = subprocess.Popen(line, cwd=ROOT, env=lost, stderr=subprocess.PIPE, start_new_session=True)
     try:

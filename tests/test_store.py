@@ -1,4 +1,4 @@
-"""Artefacts behind a URL: what comes back is what was written, or one line; half-written is not there; nothing is fetched twice."""
+"""Artefacts behind a URL: what comes back is what was written, or one line; half-written is not there; no file twice."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def test_a_directory_behind_a_url_is_fetched_once_and_again_when_it_changes(url:
     for name in ("config.json", "model.safetensors", "sub/notes.txt"):
         bucket.write(name, name.encode())
     found = fetched(url, ["*.json", "*.safetensors"])
-    assert files_in(found) == {"config.json": b"config.json", "model.safetensors": b"model.safetensors"} and found.name == "bucket"
+    assert found.name == "bucket"
+    assert files_in(found) == {"config.json": b"config.json", "model.safetensors": b"model.safetensors"}
     with monkeypatch.context() as patch:
         patch.setattr(Bucket, "get", None)
         assert fetched(url, ["*.json", "*.safetensors"]) == found
@@ -160,8 +161,8 @@ def test_an_adapter_by_its_url(tmp_path: Path, make_adapter: object, tiny_base: 
 
 
 @pytest.mark.parametrize(("wrong", "kind"), [
-    ("https://host/dir", UsageError), ("simplecache::s3://b/x", UsageError), ("s3://b/../x", UsageError), ("foo://b/x", UsageError),
-    ("gs://bucket/x", ResourceError), ("memory://nothing-here", NotFoundError)])
+    ("https://host/dir", UsageError), ("simplecache::s3://b/x", UsageError), ("s3://b/../x", UsageError),
+    ("foo://b/x", UsageError), ("gs://bucket/x", ResourceError), ("memory://nothing-here", NotFoundError)])
 def test_a_url_that_is_none_for_us(wrong: str, kind: type[PaftError]) -> None:
     with pytest.raises(kind):
         fetched(wrong)
