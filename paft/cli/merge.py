@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from paft.cli import mergefile, options
 from paft.cli.delta import max_error_option, rank_option, result_lines
 from paft.errors import UsageError
 from paft.recipe import MergeRecipe
+from paft.store import Store
 
 
 @click.command()
@@ -85,12 +87,21 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
                 bar.total = total
                 bar(done, name)
 
-            report = _merge(recipe, out, {**given, "executor": executor}, progress)
+            with _place(out, given, executor) as place:
+                report = _merge(recipe, place, {**given, "executor": executor}, progress)
+    report |= {"out": str(out)} if "out" in report else {}
     lines = _plan_lines(report, out) if given["dry_run"] else _result_lines(report, out)
     options.show(report, lines, as_json=given["as_json"])
 
 
-def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+def _place(out: Path | Store, given: dict[str, Any], executor: Any) -> AbstractContextManager[Path | Store]:
+    """Workers put files behind a URL themselves."""
+    how = {key: given[key] for key in ("overwrite", "resume", "dry_run")}
+    return nullcontext(out) if executor.spreads else options.making(out, **how)
+
+
+def _merge(recipe: MergeRecipe, out: Path | Store, given: dict[str, Any],
+           progress: Callable[[int, int, str], None]) -> dict[str, Any]:
     """Run the recipe's engine."""
     common = {"base": recipe.base, "method": recipe.method, "parameters": recipe.parameters, "weights": recipe.weights,
               "out": out, "dtype": recipe.dtype, "seed": recipe.seed, "overwrite": given["overwrite"],
@@ -116,7 +127,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
                         resume=given["resume"], executor=given["executor"])
 
 
-def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
+def _plan_lines(plan: dict[str, Any], out: Path | Store) -> list[str]:
     moved = plan["bytes"]
     cost = (f"reads {options.size(moved['read'])}, writes {options.size(moved['written'])}, "
             + (f"{options.size(moved['scratch'])} of scratch, " if "scratch" in moved else "")
@@ -127,7 +138,7 @@ def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
             *textwrap.wrap(cost, 79)]
 
 
-def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
+def _result_lines(report: dict[str, Any], out: Path | Store) -> list[str]:
     if report["output_kind"] != "full":
         return result_lines(report, out)
     count = report["tensors"]
