@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +86,9 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
                 bar.total = total
                 bar(done, name)
 
-            with _place(out, given, executor) as place:
-                report = _merge(recipe, place, {**given, "executor": executor}, progress)
-    report |= {"out": str(out)} if "out" in report else {}
+            report = _merge(recipe, out, {**given, "executor": executor}, progress)
     lines = _plan_lines(report, out) if given["dry_run"] else _result_lines(report, out)
     options.show(report, lines, as_json=given["as_json"])
-
-
-def _place(out: Path | Store, given: dict[str, Any], executor: Any) -> AbstractContextManager[Path | Store]:
-    """Workers put files behind a URL themselves."""
-    how = {key: given[key] for key in ("overwrite", "resume", "dry_run")}
-    return nullcontext(out) if executor.spreads else options.making(out, **how)
 
 
 def _merge(recipe: MergeRecipe, out: Path | Store, given: dict[str, Any],
@@ -119,7 +110,9 @@ def _merge(recipe: MergeRecipe, out: Path | Store, given: dict[str, Any],
         if given["resume"] or given["executor"].spreads:
             said = "--resume" if given["resume"] else "--executor ray"
             raise UsageError(f"--engine mergekit cannot {said}", hint="leave it out")
-        return backend.merge(recipe.adapters, **common)
+        with options.making(out, overwrite=given["overwrite"], dry_run=given["dry_run"]) as place:
+            report = backend.merge(recipe.adapters, **{**common, "out": place})
+        return report | ({"out": str(out)} if "out" in report else {})
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],

@@ -37,7 +37,7 @@ from paft.merge.writer import Read
 from paft.models import free_cores
 from paft.progress import say
 from paft.provenance import Tensors, check_target, content_hash, output_dir, write_manifest
-from paft.store import Store
+from paft.store import Store, is_url, making
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -52,7 +52,7 @@ def merge(
     method: str,
     parameters: dict[str, Any],
     weights: Sequence[float] | None,
-    out: Path | Store,
+    out: Path | str | Store,
     dialect: str = "mergekit",
     dtype: str | None = None,
     rounding: str = "nearest",
@@ -73,14 +73,14 @@ def merge(
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
-    ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. An input may be
+    ``inputs`` and ``base`` are paths, URLs or hub ids; ``base`` None is the one that the adapters name. An input may be
     ``{"adapter": PATH, "weight": V, ...}``; values may vary over the model (`paft.merge.settings`). ``weights`` is one number
     per input, 1 each by default. ``dtype`` None keeps the base's; ``rounding`` stochastic keeps small deltas on average.
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
     deltas. ``tile_elements`` bounds the memory and ``threads`` (one a core) the tensors at work; neither changes a byte.
     ``check`` loads a whole model and looks at its logits before it is put in place; None: a small one (`paft.merge.check`).
     ``resume`` takes the files that a killed merge has finished (`paft.merge.shards`), keeps them at an interrupt, and takes an
-    ``out`` that the same merge has made already for what it is. ``executor``: who writes the files, a cluster also behind a URL.
+    ``out`` that the same merge has made already for what it is. ``executor``: who writes the files (`paft.merge.spread`).
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
@@ -104,10 +104,13 @@ def _make(job: Job, out: Path | Store, progress: Progress | None, executor: Exec
     if resume and job.output_kind != "full":
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
     whole, named = check if job.output_kind == "full" else False, {"out": str(out), "base": job.inputs.reference}
-    if isinstance(out, Store):
+    if isinstance(out, Store) and executor.spreads:
         if resume:
             raise UsageError("what workers put behind a URL is made at once", hint="leave out --resume; --overwrite begins again")
         return _make_there(job, There(out), progress, executor, overwrite, whole) | named
+    if isinstance(out, Store):
+        with making(out, overwrite=overwrite, resume=resume) as place:
+            return _make(job, place, progress, executor, overwrite, check, resume) | named
     if resume and not overwrite and (known := _known_already(job, out)):
         return {**known, "check": check_model(out, whole), **named}
     check_target(out, overwrite=overwrite)
@@ -131,8 +134,10 @@ def _make_there(job: Job, there: There, progress: Progress | None, executor: Exe
     return report
 
 
-def _free(out: Path | Store, *, overwrite: bool) -> Path | Store:
+def _free(out: Path | str | Store, *, overwrite: bool) -> Path | Store:
     """``out``, with nothing in its place."""
+    if isinstance(out, str) and is_url(out):
+        out = Store(out)
     if not isinstance(out, Store):
         check_target(out := Path(out), overwrite=overwrite)
     elif out.apart() and not overwrite and out.bucket.files():

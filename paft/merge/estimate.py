@@ -15,7 +15,7 @@ from paft.merge.profile import profile
 from paft.merge.tally import Tally
 from paft.preflight import check_disk, check_memory
 from paft.progress import say
-from paft.store import Store
+from paft.store import KEPT, Store, source_of
 
 _COPY_RATE = 1e9  # bytes per second that a plain disk writes
 _IMPORTS = 400e6  # bytes of memory that Python with torch takes before any work
@@ -68,9 +68,10 @@ def _written(job: Job) -> int:
 
 
 def working(job: Job) -> int:
-    """Bytes of memory for factors and tiles: of all tensors for an adapter, else of those at work."""
+    """Bytes of memory for factors and tiles: of all tensors for an adapter, else of those at work; for blocks behind URLs."""
     entries = job.inputs.base.entries
     factors = [4 * f.a.shape[0] * sum(f.shape) for adapter in job.inputs.adapters for f in adapter.factors.values()]
     held = sum(factors) if job.output_kind == "lora" else max(factors, default=0) * 2 * job.threads
     tile = max((tile_rows(entries[name].columns, job.elements) * entries[name].columns for name in job.touched), default=0)
-    return held + tile * 4 * (4 * len(job.inputs.deltas) + 12)
+    blocks = KEPT if any(map(source_of, (job.inputs.base.path, *job.inputs.paths))) else 0
+    return held + tile * 4 * (4 * len(job.inputs.deltas) + 12) + min(blocks, sum(e.nbytes for e in entries.values()))

@@ -163,14 +163,15 @@ def _write(job: Job, out: Path | Store, file: str) -> tuple[Written, dict[str, T
     room = (out.here if isinstance(out, Store) else out.parent) / f"part-{uuid.uuid4().hex}"
     room.mkdir(parents=isinstance(out, Store))
     threads, sha256 = max(1, int(os.environ["OMP_NUM_THREADS"])), None
-    written = write_tensors(own, room, job.dtype, merged, threads, lambda name: None)
-    if isinstance(out, Store):
-        sha256 = digest_of(room / file)
-        out.bucket.put(room / file, file)
-        (room / file).unlink()
-    else:
-        os.rename(room / file, out / file)
-    room.rmdir()
+    try:
+        written = write_tensors(own, room, job.dtype, merged, threads, lambda name: None)
+        if isinstance(out, Store):
+            sha256 = digest_of(room / file)
+            out.bucket.put(room / file, file)
+        else:
+            os.rename(room / file, out / file)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
     return written, tallies, sha256
 
 

@@ -12,6 +12,7 @@ from paft.store.artefacts import places as places
 from paft.store.bucket import Bucket as Bucket
 from paft.store.bucket import is_url as is_url
 from paft.store.cache import fetched as fetched
+from paft.store.ranged import KEPT as KEPT
 from paft.store.ranged import Ranged as Ranged
 from paft.store.ranged import WeightFile as WeightFile
 from paft.store.ranged import check_unchanged as check_unchanged

@@ -138,7 +138,7 @@ class Store:
 
 
 @contextmanager
-def making(out: Store, *, overwrite: bool, resume: bool, dry_run: bool, sends: bool = True) -> Iterator[Path]:
+def making(out: Store, *, overwrite: bool, resume: bool, dry_run: bool = False, sends: bool = True) -> Iterator[Path]:
     """A place of this machine for the artefact ``out``, which goes behind the URL when the block succeeds, its list last.
 
     With ``resume`` what stands there whole comes here first, and what was begun here stays; also what could not be sent.

@@ -2,6 +2,8 @@
 
     objects/ab/abcd...        a file, by the sha256 that is known of it, or by its URL and what the service says of its content
     fetched/abcd.../NAME      a directory behind a URL as it was: its files are links to objects; perhaps without its weights
+    hashes/abcd...            the content hash of weights behind a URL, by what the service says of their content
+    trees/abcd.../NAME        what is made for a URL, until it is there
 """
 
 from __future__ import annotations

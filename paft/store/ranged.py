@@ -23,6 +23,7 @@ from paft.store.cache import WHERE, home, object_of
 
 _BLOCK = 4 << 20  # bytes of one request
 _BLOCKS = 64  # of them that are kept: tensors at work, which a method may pass over more than once
+KEPT = _BLOCK * _BLOCKS
 _BUFFER = 1 << 16  # bytes of a header that come with its length
 
 
