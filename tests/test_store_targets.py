@@ -113,6 +113,8 @@ def test_what_stands_there_is_kept_or_replaced(bucket: Path, pair: list[Path], c
     assert [file.name for file in out.iterdir()] == ["mine.txt"]
     for holder in (bucket, bucket / "base"):
         assert_one_error(capsys, invoke([*line, holder.as_uri(), "--overwrite"]), 3, "holds an input")
+        delta = ["delta", str(pair[0]), "--base", (bucket / "base").as_uri(), "-q", "-o", holder.as_uri(), "--overwrite"]
+        assert_one_error(capsys, invoke(delta), 3, "holds an input")
     assert_one_error(capsys, invoke([*line, "s3://bucket"]), 2, "s3://bucket has no directory above it")
     assert invoke([*line, out.as_uri(), "--overwrite"]) == 0
     assert not (out / "mine.txt").exists() and (out / LIST).is_file()
