@@ -26,6 +26,7 @@ from paft.factors import Factors, Rows, Saved
 from paft.jsonfile import read_json
 from paft.peftfile import PREFIX, read_parts
 from paft.provenance import content_hash
+from paft.store import WeightFile, is_url, weight_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -106,7 +107,9 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def label(given: str, directory: Path) -> str:
-    """A name for records: ``org/name@revision`` for a hub snapshot, else what was given without the machine's path."""
+    """A name for records: ``org/name@revision`` for a hub snapshot, else what was given, without its path."""
+    if is_url(given):
+        return given.rstrip("/").rpartition("/")[2]
     if directory.parent.name == "snapshots" and directory.parents[1].name.startswith("models--"):
         return directory.parents[1].name.removeprefix("models--").replace("--", "/") + "@" + directory.name
     return directory.resolve().name if os.path.exists(os.path.expanduser(given)) else given
@@ -136,9 +139,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _weights_file(directory: Path) -> Path:
-    file = directory / WEIGHTS
-    if not file.is_file():
+def _weights_file(directory: Path) -> WeightFile:
+    file = weight_file(directory / WEIGHTS)
+    if file is None:
         if (directory / "adapter_model.bin").is_file():
             raise MismatchError(f"{directory} holds pickled weights only", hint="save the adapter again as safetensors")
         raise NotFoundError(f"{directory} holds no {WEIGHTS}")

@@ -17,6 +17,7 @@ import torch
 
 from paft.errors import MismatchError, NotFoundError
 from paft.jsonfile import read_header, read_json
+from paft.store import Ranged, WeightFile, weight_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,7 +33,7 @@ class Entry:
     """
 
     name: str
-    file: Path
+    file: WeightFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -56,7 +57,7 @@ class Checkpoint:
     """The tensors of a model directory, in the order of its files and of the bytes in them."""
 
     path: Path
-    files: tuple[Path, ...]
+    files: tuple[WeightFile, ...]
     entries: dict[str, Entry]
     config: dict[str, Any]
 
@@ -83,10 +84,7 @@ class Checkpoint:
         buffer = bytearray((stop - start) * size)
         if not buffer:
             return torch.empty(stop - start, entry.columns, dtype=FLOATS[entry.dtype])
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.offset + start * size)
-            if stream.readinto(buffer) != len(buffer):
-                raise MismatchError(f"{entry.file} ends inside {name}", hint="copy or download it again")
+        read_into(entry, memoryview(buffer), start * size)
         return torch.frombuffer(buffer, dtype=FLOATS[entry.dtype]).view(stop - start, entry.columns)
 
     def raw(self, name: str) -> bytes:
@@ -97,7 +95,18 @@ class Checkpoint:
             return stream.read(entry.nbytes)
 
 
-def read_entries(file: Path) -> Iterator[Entry]:
+def read_into(entry: Entry, view: memoryview, start: int) -> None:
+    """Fill ``view`` with a tensor's bytes from its ``start``-th on."""
+    if isinstance(entry.file, Ranged):
+        entry.file.into(view, entry.offset + start, (entry.offset, entry.offset + entry.nbytes))
+        return
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset + start)
+        if stream.readinto(view) != len(view):  # type: ignore[attr-defined]
+            raise MismatchError(f"{entry.file} ends inside {entry.name}", hint="copy or download it again")
+
+
+def read_entries(file: WeightFile) -> Iterator[Entry]:
     """Every tensor of a safetensors file in the order of its bytes, which must fill the file without a gap."""
     header, data = read_header(file)
     items = [(name, item["dtype"], tuple(item["shape"]), *item["data_offsets"]) for name, item in header.items()
@@ -115,28 +124,30 @@ def read_entries(file: Path) -> Iterator[Entry]:
 
 def is_sharded(path: Path) -> bool:
     """Are the weights those that an index names? A single file goes before it, as in transformers."""
-    return (path / INDEX).is_file() and not (path / SINGLE).is_file()
+    return (path / INDEX).is_file() and weight_file(path / SINGLE) is None
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
+def _weight_files(path: Path) -> tuple[WeightFile, ...]:
     if not is_sharded(path):
-        if (path / SINGLE).is_file():
-            return (path / SINGLE,)
+        if single := weight_file(path / SINGLE):
+            return (single,)
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise MismatchError(f"{path} holds pickled weights only", hint="save the model as safetensors first")
         raise NotFoundError(f"{path} holds no {SINGLE}", hint="name the directory of a Hugging Face model")
     return indexed_files(path / INDEX)
 
 
-def indexed_files(index: Path) -> tuple[Path, ...]:
+def indexed_files(index: Path) -> tuple[WeightFile, ...]:
     """The safetensors files beside an ``index``, sorted by name; MismatchError for a name that leads elsewhere."""
-    names = sorted(set(_weight_map(index).values()))
-    for name in names:
+    found: list[WeightFile] = []
+    for name in sorted(set(_weight_map(index).values())):
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
             raise MismatchError(f"{index} points outside its directory, or to no safetensors file: {name[:80]!r}")
-        if len(name) > 255 or not (index.parent / name).is_file():
+        file = weight_file(index.parent / name) if len(name) <= 255 else None
+        if file is None:
             raise NotFoundError(f"{index.parent / name[:80]} is missing", hint=f"{index.name} names it; download it again")
-    return tuple(index.parent / name for name in names)
+        found.append(file)
+    return tuple(found)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -23,11 +23,12 @@ def demo_bases() -> dict[str, Path]:
     return {f"demo:{path.name.removeprefix('base_')}": path for path in sorted(DEMO.glob("base_*"))}
 
 
-def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None) -> Path:
+def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None, weights: bool = True) -> Path:
     """The local directory of a model or adapter, fetched from the hub if need be.
 
     ``name`` is a path, ``demo`` / ``demo:a`` / ``demo:b``, ``s3://...`` (`paft.store`), or ``org/name[@revision]``. Offline mode
-    (``HF_HUB_OFFLINE=1``) is honoured. Raises NotFoundError when there is no such thing, UsageError for an unknown demo base.
+    (``HF_HUB_OFFLINE=1``) is honoured. Without ``weights`` those behind a URL stay there, to be read by ranges. Raises
+    NotFoundError when there is no such thing, UsageError for an unknown demo base.
     """
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user alone
     if os.path.isdir(path):  # unlike Path's, takes a name that is too long for one that is not there
@@ -42,7 +43,7 @@ def resolve(name: str, *, kind: str = "model", patterns: list[str] | None = None
             raise UsageError(f"there is no demo base {name!r}", hint=did_you_mean(name, bases))
         return bases[name]
     if is_url(name):
-        return fetched(name, patterns or ["*"])
+        return fetched(name, patterns or ["*"], weights=weights)
     return _download(name, kind, patterns)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from paft.errors import MismatchError, NotFoundError
 
@@ -59,7 +59,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
+class Readable(Protocol):
+    """A file of tensors: a Path, or one that is elsewhere (`paft.store.ranged`)."""
+
+    def stat(self) -> Any: ...
+
+    def open(self, mode: str, buffering: int = -1) -> IO[Any]: ...
+
+
+def read_header(file: Readable) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file and the offset of its data; MismatchError where the file is not whole.
 
     Every entry of it (but ``__metadata__``) has a type, a shape and a span of bytes inside the file, which is as long as its
@@ -85,7 +93,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _check_entry(file: Path, name: str, entry: Any, size: int) -> None:
+def _check_entry(file: Readable, name: str, entry: Any, size: int) -> None:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not (isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _DIMENSIONS

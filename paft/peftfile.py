@@ -19,7 +19,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from paft.checkpoint import Checkpoint, read_entries
 from paft.errors import MismatchError
 from paft.factors import Factors, Parts, Rows, Saved, Stored
 from paft.patterns import matches
+from paft.store import WeightFile
 
 PREFIX = "base_model.model."
 # Names of the embedding and the head in the architectures of transformers. PEFT stores copies of these unasked.
@@ -44,7 +44,7 @@ _KINDS = {
 _STACK_ORDER = ("gate_up_proj", "down_proj")  # PEFT wraps a module's parameters in the order of their registration
 
 
-def read_parts(name: str, file: Path, config: Mapping[str, Any]) -> Parts:
+def read_parts(name: str, file: WeightFile, config: Mapping[str, Any]) -> Parts:
     """Read and check an adapter's file; factors of linear layers (widened to float32 when used) and replaced tensors stay there.
 
     Raises MismatchError, with the tensor's name, for a damaged file, a tensor that nothing would use, that is missing,

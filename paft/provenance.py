@@ -14,6 +14,7 @@ import math
 import os
 import resource
 import sys
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from paft.errors import MismatchError, NotFoundError
 from paft.jsonfile import parse, read_header
+from paft.store import WeightFile, remembered, weight_files
 from paft.target import MANIFEST as MANIFEST  # an output and its manifest are used together
 from paft.target import check_target as check_target
 from paft.target import claim as claim
@@ -34,14 +36,27 @@ _CARD = "README.md"  # its owner may edit it
 Tensors = Mapping[str, tuple[str, Sequence[int], str]]  # name -> (dtype, shape, hex sha256 of the bytes)
 
 
-def tensor_files(path: Path) -> list[Path]:
-    """Every safetensors file of a model or adapter directory, sorted by name."""
-    return sorted(path.glob("*.safetensors"))
+def tensor_files(path: Path) -> list[WeightFile]:
+    """Every safetensors file of a model or adapter directory, sorted by name; behind a URL where they stayed there."""
+    found = {name: file for name, file in weight_files(path).items() if "/" not in name}
+    return [found.get(file.name, file) for file in sorted({path / name for name in found} | set(path.glob("*.safetensors")))]
 
 
 def content_hash(path: Path) -> str:
-    """`tree_hash` of every tensor in a directory's safetensors files."""
-    return tree_hash(hash_tensors(path))
+    """`tree_hash` of every tensor in a directory's safetensors files.
+
+    Of files behind a URL it is kept here, by what the service says of their content: each is hashed once, by ranges.
+    """
+    kept = remembered(tensor_files(path))
+    if kept and kept.is_file():
+        return kept.read_text(encoding="ascii")
+    found = tree_hash(hash_tensors(path))
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scratch = kept.with_suffix(f".{uuid.uuid4().hex}")
+        scratch.write_text(found, encoding="ascii")
+        os.replace(scratch, kept)
+    return found
 
 
 def hash_tensors(path: Path) -> dict[str, tuple[str, Sequence[int], str]]:
@@ -60,13 +75,13 @@ def tree_hash(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def _digest(where: tuple[Path, str, int, dict[str, Any]]) -> str:
+def _digest(where: tuple[WeightFile, str, int, dict[str, Any]]) -> str:
     file, _, start, entry = where
     begin, end = entry["data_offsets"]
     return _hash_file(file, start + begin, end - begin)
 
 
-def _hash_file(file: Path, start: int, size: int) -> str:
+def _hash_file(file: WeightFile, start: int, size: int) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         stream.seek(start)
@@ -76,7 +91,7 @@ def _hash_file(file: Path, start: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def _entries(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _entries(file: WeightFile) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield (name, offset of the data section, header entry) for each tensor; MismatchError for a broken or cut file."""
     header, start = read_header(file)
     yield from ((name, start, entry) for name, entry in header.items() if name != "__metadata__")
@@ -85,8 +100,9 @@ def _entries(file: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
 def _companions(directory: Path) -> dict[str, str]:
     """sha256 of every other file of an artefact but its card; artefacts inside it answer for themselves."""
     found: dict[str, str] = {}
+    weights = {file.name for file in tensor_files(directory)}
     for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name in (MANIFEST, _CARD) or path in tensor_files(directory):
+        if path.name.startswith(".") or path.name in (MANIFEST, _CARD) or path.name in weights:
             continue
         if path.is_dir() and not (path / MANIFEST).is_file():
             found |= {f"{path.name}/{name}": digest for name, digest in _companions(path).items()}

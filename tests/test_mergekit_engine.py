@@ -147,7 +147,7 @@ def test_bad_settings_are_refused(workshop: Workshop, room: Path, more: list[str
 
 def test_a_target_that_holds_an_input_is_refused(workshop: Workshop, room: Path, capsys: Capture) -> None:
     arguments = ["merge", str(workshop.folder / "a"), "--engine", "mergekit", "--method", "karcher", "-q", "--overwrite", "-o"]
-    assert_one_error(capsys, invoke([*arguments, str(workshop.folder)]), 3, "holds an input of this merge")
+    assert_one_error(capsys, invoke([*arguments, str(workshop.folder)]), 3, "holds an input of this command")
 
 
 # What can go wrong with mergekit itself

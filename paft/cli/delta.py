@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from paft.cli import options
+from paft.store import Store
 
 rank_option = click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of the adapter.")
 max_error_option = click.option("--max-error", type=float, metavar="E",
@@ -54,17 +55,19 @@ def delta(source: str, **given: Any) -> None:
 
         keys = ("base", "dtype", "to_lora", "partial", "rank", "max_error", "allow_base_mismatch", "overwrite", "dry_run")
         prune = Prune(given["keep_largest"], given["threshold"])
-        report = extract(source, out=out, prune=prune, progress=progress, **{key: given[key] for key in keys})
+        with options.making(out, overwrite=given["overwrite"], dry_run=given["dry_run"]) as place:
+            report = extract(source, out=place, prune=prune, progress=progress, **{key: given[key] for key in keys})
+    report |= {"out": str(out)} if "out" in report else {}
     options.show(report, _plan_lines(report, out) if given["dry_run"] else result_lines(report, out), as_json=given["as_json"])
 
 
-def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
+def _plan_lines(plan: dict[str, Any], out: Path | Store) -> list[str]:
     what = "an adapter" if plan["recipe"].get("to_lora") else "a delta file"
     return [f"would write {plan['recipe']['input']} as {what} into {out}",
             f"{plan['tensors']['merged']} tensors, at most {options.size(plan['bytes']['written'])}"]
 
 
-def result_lines(report: dict[str, Any], out: Path) -> list[str]:
+def result_lines(report: dict[str, Any], out: Path | Store) -> list[str]:
     """What an adapter or a delta file came to: bytes, what is kept, the error, the next command."""
     from paft.merge.outputs import delta_sentence, lora_sentence
 

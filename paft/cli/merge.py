@@ -13,6 +13,7 @@ from paft.cli import mergefile, options
 from paft.cli.delta import max_error_option, rank_option, result_lines
 from paft.errors import UsageError
 from paft.recipe import MergeRecipe
+from paft.store import Store
 
 
 @click.command()
@@ -90,7 +91,8 @@ def merge(adapters: tuple[str, ...], **given: Any) -> None:
     options.show(report, lines, as_json=given["as_json"])
 
 
-def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+def _merge(recipe: MergeRecipe, out: Path | Store, given: dict[str, Any],
+           progress: Callable[[int, int, str], None]) -> dict[str, Any]:
     """Run the recipe's engine."""
     common = {"base": recipe.base, "method": recipe.method, "parameters": recipe.parameters, "weights": recipe.weights,
               "out": out, "dtype": recipe.dtype, "seed": recipe.seed, "overwrite": given["overwrite"],
@@ -108,7 +110,9 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
         if given["resume"] or given["executor"].spreads:
             said = "--resume" if given["resume"] else "--executor ray"
             raise UsageError(f"--engine mergekit cannot {said}", hint="leave it out")
-        return backend.merge(recipe.adapters, **common)
+        with options.making(out, overwrite=given["overwrite"], dry_run=given["dry_run"]) as place:
+            report = backend.merge(recipe.adapters, **{**common, "out": place})
+        return report | ({"out": str(out)} if "out" in report else {})
     from paft.merge import engine
 
     return engine.merge(recipe.adapters, **common, dialect=recipe.dialect, output_kind=given["output_kind"],
@@ -116,7 +120,7 @@ def _merge(recipe: MergeRecipe, out: Path, given: dict[str, Any], progress: Call
                         resume=given["resume"], executor=given["executor"])
 
 
-def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
+def _plan_lines(plan: dict[str, Any], out: Path | Store) -> list[str]:
     moved = plan["bytes"]
     cost = (f"reads {options.size(moved['read'])}, writes {options.size(moved['written'])}, "
             + (f"{options.size(moved['scratch'])} of scratch, " if "scratch" in moved else "")
@@ -127,7 +131,7 @@ def _plan_lines(plan: dict[str, Any], out: Path) -> list[str]:
             *textwrap.wrap(cost, 79)]
 
 
-def _result_lines(report: dict[str, Any], out: Path) -> list[str]:
+def _result_lines(report: dict[str, Any], out: Path | Store) -> list[str]:
     if report["output_kind"] != "full":
         return result_lines(report, out)
     count = report["tensors"]

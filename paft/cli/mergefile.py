@@ -77,7 +77,7 @@ def export(recipe: MergeRecipe, output_kind: str, file: Path, *, overwrite: bool
         raise MismatchError(f"{file} exists", hint="name another file, or pass --overwrite")
     known = native(recipe.method, recipe.dialect) if recipe.engine == "paft" else signature(recipe.method)
     settings = Settings.read(known, recipe.adapters, recipe.parameters, recipe.weights)
-    inputs = open_inputs(settings.inputs, recipe.base, allow_base_mismatch=allow_base_mismatch)
+    inputs = open_inputs(settings.inputs, recipe.base, allow_base_mismatch=allow_base_mismatch, weights=True)
     settings = settings.over(inputs.base.entries)
     if recipe.engine == "paft":
         Job(inputs, recipe.method, settings, recipe.dialect, recipe.seed, None, output_kind, TILE_ELEMENTS, 1).check_parameters()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from paft import store
 from paft.catalog import find
 from paft.errors import UsageError
 from paft.progress import duration as duration
@@ -68,6 +70,21 @@ common = stack(
     click.option("-q", "--quiet", is_flag=True, help="No progress and no notes."),
     click.option("--traceback", is_flag=True, help="On an error, show where it came from."),
 )
+
+
+@contextmanager
+def making(out: Path | Store, *, overwrite: bool, resume: bool = False, dry_run: bool = False) -> Iterator[Path]:
+    """Where a command makes one artefact: ``out``, or for a URL a place of this machine, which is sent there when it is made.
+
+    With ``resume`` what was begun here goes on. MismatchError where something stands behind the URL.
+    """
+    if isinstance(out, Path):
+        yield out
+        return
+    from paft.train.work import leads
+
+    with store.making(out, overwrite=overwrite, resume=resume, dry_run=dry_run, sends=leads()) as place:
+        yield place
 
 
 def recipe_file(name: str | None) -> Path | None:

@@ -9,6 +9,7 @@ import click
 
 from paft.cli import options
 from paft.errors import UsageError
+from paft.store import Store
 
 
 @click.command()
@@ -57,6 +58,8 @@ def search(given: tuple[str, ...], **said: Any) -> None:
         --sft-data sft-heldout.jsonl --pref-data pref-heldout.jsonl
     paft search demo --resume        (continues, or joins from another shell)
     """
+    if isinstance(said["out"], Store):
+        raise UsageError("a study is a file that processes lock, and a URL has no locks", hint="choose -o DIR on a disk")
     names = _listed(said["methods"])
     ranges, executor = dict(_range(item) for item in said["ranges"]), options.executor_of(said)
     if said["workers"] and not executor.spreads:

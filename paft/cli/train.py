@@ -13,6 +13,7 @@ from paft.cli.sample import sample_lines
 from paft.errors import UsageError
 from paft.launch import follow, launch, launched
 from paft.recipe import DpoRecipe, JointRecipe, SftRecipe, load
+from paft.store import Store
 
 MODEL = click.option("-m", "--model", metavar="MODEL", help="The base: a directory, a hub id org/name[@revision], or `demo`.")
 ON = click.option("--on", metavar="ADAPTER", help="Train on top of this adapter (sequential); the result contains both.")
@@ -201,11 +202,14 @@ def _train(kind: type[Any], name: str, given: dict[str, Any]) -> None:
         found = sample.show_sample(recipe, quiet=common["quiet"])
         options.show(found, sample_lines(found), as_json=common["as_json"])
         return
+    how = {key: common[key] for key in ("overwrite", "resume", "dry_run")}
     if common["dry_run"]:
-        plan = stage.plan(recipe, out, overwrite=common["overwrite"], quiet=common["quiet"])
+        with options.making(out, **how) as place:
+            plan = stage.plan(recipe, place, overwrite=common["overwrite"], quiet=common["quiet"]) | {"out": str(out)}
         options.show(plan, _plan_lines(plan), as_json=common["as_json"])
         return
-    manifest = stage.train(recipe, out, overwrite=common["overwrite"], resume=common["resume"], quiet=common["quiet"])
+    with options.making(out, **how) as place:
+        manifest = stage.train(recipe, place, overwrite=common["overwrite"], resume=common["resume"], quiet=common["quiet"])
     if not leads():
         return
     options.show(manifest | {"out": str(out)}, _result_lines(manifest, out, recipe), as_json=common["as_json"])
@@ -255,7 +259,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
             *([left] if plan["unfinished"] else [])]
 
 
-def _result_lines(manifest: dict[str, Any], out: Path, recipe: Any) -> list[str]:
+def _result_lines(manifest: dict[str, Any], out: Path | Store, recipe: Any) -> list[str]:
     metrics = manifest["metrics"]
     names = {"task_loss": "train loss", "eval_loss": "held-out loss", "eval_rewards/accuracies": "held-out preference accuracy",
              "eval_sft_loss": "held-out SFT loss", "eval_dpo_loss": "held-out DPO loss",

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from paft.checkpoint import INDEX as MODEL_INDEX
-from paft.checkpoint import Checkpoint, Entry, indexed_files, read_entries
+from paft.checkpoint import Checkpoint, Entry, indexed_files, read_entries, read_into
 from paft.delta import TILE_ELEMENTS, ProductTensor, Tiled, ZeroTensor, tile_rows
 from paft.errors import MismatchError, NotFoundError
 from paft.jsonfile import read_json
@@ -32,6 +32,7 @@ from paft.merge.merged import Merged, Term
 from paft.merge.ops import combine_linearly
 from paft.merge.tensorfile import DTYPES
 from paft.provenance import content_hash
+from paft.store import WeightFile, weight_file
 
 CONFIG = "paft_delta.json"
 SINGLE = "delta.safetensors"
@@ -128,10 +129,7 @@ class DeltaFile:
         if start == stop:
             return torch.empty(0, dtype=dtype)
         buffer = bytearray((stop - start) * dtype.itemsize)
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.offset + start * dtype.itemsize)
-            if stream.readinto(buffer) != len(buffer):
-                raise MismatchError(f"{entry.file} ends inside {array}", hint=_AGAIN)
+        read_into(entry, memoryview(buffer), start * dtype.itemsize)
         values = torch.frombuffer(buffer, dtype=dtype)
         if dtype.is_floating_point and not torch.isfinite(values).all():
             raise MismatchError(f"{self.path.name}: {array} holds NaN or infinity", hint=_AGAIN)
@@ -231,10 +229,10 @@ class SparseArray:
         return torch.from_numpy(np.unpackbits(packed, axis=1, count=self.columns, bitorder="little").view(bool))
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> list[WeightFile]:
     if not (path / INDEX).is_file():
-        if (path / SINGLE).is_file():
-            return [path / SINGLE]
+        if single := weight_file(path / SINGLE):
+            return [single]
         raise NotFoundError(f"{path} holds no {SINGLE}", hint=_AGAIN)
     return list(indexed_files(path / INDEX))
 

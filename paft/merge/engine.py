@@ -20,7 +20,7 @@ import torch
 from paft.card import model_card
 from paft.checkpoint import FLOATS, Entry
 from paft.delta import TILE_ELEMENTS
-from paft.errors import UsageError, did_you_mean
+from paft.errors import MismatchError, UsageError, did_you_mean
 from paft.executor import LOCAL, Executor
 from paft.merge import writer
 from paft.merge.check import check_model
@@ -31,12 +31,13 @@ from paft.merge.job import Job
 from paft.merge.outputs import find_budget, write_output
 from paft.merge.settings import Input, Settings, native
 from paft.merge.shards import Shards, finished, key_of
-from paft.merge.spread import counting, write_files
+from paft.merge.spread import There, counting, write_files
 from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
 from paft.progress import say
 from paft.provenance import Tensors, check_target, content_hash, output_dir, write_manifest
+from paft.store import Store, is_url, making
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -51,7 +52,7 @@ def merge(
     method: str,
     parameters: dict[str, Any],
     weights: Sequence[float] | None,
-    out: Path,
+    out: Path | str | Store,
     dialect: str = "mergekit",
     dtype: str | None = None,
     rounding: str = "nearest",
@@ -72,7 +73,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge adapters or fine-tuned models into ``out`` and return a report; with ``dry_run`` the plan, writing nothing.
 
-    ``inputs`` and ``base`` are paths or hub ids; ``base`` None is the one that the adapters name. An input may be
+    ``inputs`` and ``base`` are paths, URLs or hub ids; ``base`` None is the one that the adapters name. An input may be
     ``{"adapter": PATH, "weight": V, ...}``; values may vary over the model (`paft.merge.settings`). ``weights`` is one number
     per input, 1 each by default. ``dtype`` None keeps the base's; ``rounding`` stochastic keeps small deltas on average.
     ``rank`` or ``max_error`` cut an adapter (``output_kind`` lora) and are needed where the method is not linear in the
@@ -83,12 +84,12 @@ def merge(
     Raises UsageError for wrong parameters, MismatchError for inputs that do not fit together or a target that is not empty,
     NotFoundError, ResourceError; the target is then as it was.
     """
-    check_target(out := Path(out), overwrite=overwrite or (resume and not dry_run))
+    out = _free(out, overwrite=overwrite or (resume and not dry_run))
     settings = Settings.read(native(method, dialect), inputs, parameters, weights)
     _check_output(output_kind, rounding, device)
     kind = None if dtype is None else DTYPES[_known("dtype", dtype, DTYPES)]
     budget = find_budget(output_kind, rank, max_error, kind)
-    opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
+    opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch, hash_later=output_kind == "full")
     job = Job(opened, method, settings.over(opened.base.entries), dialect, seed, kind, output_kind, tile_elements,
               threads or free_cores(), budget, rounding, device)
     job.check_parameters()
@@ -96,13 +97,20 @@ def merge(
     return estimate(job) if dry_run else _make(job, out, progress, executor, overwrite, check, resume)
 
 
-def _make(job: Job, out: Path, progress: Progress | None, executor: Executor, overwrite: bool, check: bool | None,
+def _make(job: Job, out: Path | Store, progress: Progress | None, executor: Executor, overwrite: bool, check: bool | None,
           resume: bool) -> dict[str, Any]:
     if executor.spreads and job.output_kind != "full":
         raise UsageError("only a whole model is spread over workers", hint="leave out --executor: the others take little time")
     if resume and job.output_kind != "full":
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
     whole, named = check if job.output_kind == "full" else False, {"out": str(out), "base": job.inputs.reference}
+    if isinstance(out, Store) and executor.spreads:
+        if resume:
+            raise UsageError("what workers put behind a URL is made at once", hint="leave out --resume; --overwrite begins again")
+        return _make_there(job, There(out), progress, executor, overwrite, whole) | named
+    if isinstance(out, Store):
+        with making(out, overwrite=overwrite, resume=resume) as place:
+            return _make(job, place, progress, executor, overwrite, check, resume) | named
     if resume and not overwrite and (known := _known_already(job, out)):
         return {**known, "check": check_model(out, whole), **named}
     check_target(out, overwrite=overwrite)
@@ -113,6 +121,28 @@ def _make(job: Job, out: Path, progress: Progress | None, executor: Executor, ov
         report = _write(job.with_trims(counted), scratch, _Steps(progress, len(job.inputs.base.entries)), executor)
         report["check"] = check_model(scratch, whole)
     return report | named
+
+
+def _make_there(job: Job, there: There, progress: Progress | None, executor: Executor, overwrite: bool,
+                check: bool | None) -> dict[str, Any]:
+    fits(job, there.store)
+    executor.join()
+    with there.making(overwrite=overwrite) as scratch:
+        job = job.with_trims(counting(job, there.room, executor))
+        report = _write(job, scratch, _Steps(progress, len(job.inputs.base.entries)), executor, there)
+        report["check"] = there.check(scratch, report["bytes"]["written"], check)
+    return report
+
+
+def _free(out: Path | str | Store, *, overwrite: bool) -> Path | Store:
+    """``out``, with nothing in its place."""
+    if isinstance(out, str) and is_url(out):
+        out = Store(out)
+    if not isinstance(out, Store):
+        check_target(out := Path(out), overwrite=overwrite)
+    elif out.apart() and not overwrite and out.bucket.files():
+        raise MismatchError(f"{out} is not empty", hint="choose another -o URL, or pass --overwrite")
+    return out
 
 
 def _known_already(job: Job, out: Path) -> dict[str, Any] | None:
@@ -132,23 +162,26 @@ def _check_output(kind: str, rounding: str, device: str) -> None:
         raise UsageError("only a whole model is rounded", hint="leave out the rounding")
 
 
-def _write(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> dict[str, Any]:
+def _write(job: Job, scratch: Path, steps: _Steps, executor: Executor, there: There | None = None) -> dict[str, Any]:
     """The output with its manifest; returns the report."""
     started, opened = time.monotonic(), job.inputs
     report = {"method": job.method, "dialect": job.dialect}
     report |= {key: value for key, value in job.recipe().items() if key in ("parameters", "weights")}
     if job.output_kind == "full":
-        found, base_hash, made = _write_full(job, scratch, steps, executor)
+        found, base_hash, made = _write_full(job, scratch, steps, executor, there)
+        opened.check_hash(base_hash)
     else:
         base_hash, made = opened.base_hash or content_hash(opened.base.path), None
         found = _write_part(job, scratch, steps, {"name": opened.base_name, "content_sha256": base_hash})
+    opened.check_unchanged()
     report |= {**found, "seed": job.seed, "output_kind": job.output_kind, "wall_s": round(time.monotonic() - started, 3)}
     write_manifest(scratch, command="paft merge", recipe=job.recipe(), seed=job.seed, inputs=opened.described(), tensors=made,
                    base={"name": opened.base_name, "content_sha256": base_hash}, metrics=report)
     return report
 
 
-def _write_full(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> tuple[dict[str, Any], str, Tensors]:
+def _write_full(job: Job, scratch: Path, steps: _Steps, executor: Executor,
+                there: There | None) -> tuple[dict[str, Any], str, Tensors]:
     """A whole model; returns the report, the content hash of the base and the hashes of the model's tensors."""
     tallies = {name: Tally(job.inputs.names) for name in job.inputs.base.entries if name in job.touched}
 
@@ -158,7 +191,7 @@ def _write_full(job: Job, scratch: Path, steps: _Steps, executor: Executor) -> t
     key = key_of(job.recipe(), job.inputs.described(), job.inputs.base)
     shards = Shards.open(scratch, key, tallies)
     if executor.spreads:
-        written = write_files(job, scratch, tallies, steps, shards, executor)
+        written = write_files(job, scratch, tallies, steps, shards, executor, there)
     else:
         written = writer.write_tensors(job.inputs.base, scratch, job.dtype, merged, job.threads, steps, shards)
     writer.write_companions(job.inputs.base, scratch, job.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from paft.delta import TILE_ELEMENTS, ProductTensor, Tiled
-from paft.errors import MismatchError, UsageError, did_you_mean
+from paft.errors import UsageError, did_you_mean
 from paft.merge.deltas import Pruned, Source
 from paft.merge.inputs import Inputs, open_inputs
 from paft.merge.merged import products
@@ -93,9 +93,7 @@ def extract(
     kind, output_kind = DTYPES.get(dtype or ""), "lora" if to_lora else "delta"
     budget = find_budget(output_kind, rank, max_error, kind)
     opened = open_inputs([name], base, allow_base_mismatch=allow_base_mismatch)
-    for path in (opened.base.path, *opened.paths):
-        if path.resolve().is_relative_to(out.resolve()):
-            raise MismatchError(f"{out} holds an input of this command", hint="choose another -o DIR")
+    opened.check_apart(out)
     source = replace(_source(opened, prune, tile_elements), partial=partial)
     asked = {**prune.named(), "dtype": dtype, "to_lora": to_lora, "partial": partial, **(budget.named() if budget else {})}
     recipe = {"kind": "delta", "input": opened.names[0], "base": opened.base_name}
@@ -116,6 +114,7 @@ def _write(output_kind: str, opened: Inputs, source: Source, scratch: Path, opti
     origin = {"name": opened.base_name, "content_sha256": opened.base_hash or content_hash(opened.base.path)}
     report = write_output(output_kind, source, scratch, title=f"The delta of {opened.names[0]}", base=origin, **options)
     report |= {"output_kind": output_kind, "wall_s": round(time.monotonic() - started, 3)}
+    opened.check_unchanged()
     inputs = [{"name": opened.names[0], "content_sha256": opened.deltas[0].content_hash}]
     recipe, seed = options["recipe"], options["seed"]
     write_manifest(scratch, command="paft delta", recipe=recipe, seed=seed, base=origin, inputs=inputs, metrics=report)

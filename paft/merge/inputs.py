@@ -15,14 +15,16 @@ from paft.delta import TILE_ELEMENTS, Delta, FullDelta, LoraDelta, Tiled
 from paft.errors import MismatchError, NotFoundError, UsageError
 from paft.merge.deltafile import PATTERNS as DELTA_PATTERNS
 from paft.merge.deltafile import DeltaFile, base_of, is_delta
-from paft.provenance import content_hash, recorded_base
+from paft.provenance import content_hash, recorded_base, tensor_files
+from paft.store import Store, check_unchanged, is_url, places, source_of, weight_files
 
 
 @dataclass(frozen=True)
 class Inputs:
     """The opened inputs of a merge; ``adapters`` are those of them that are LoRA adapters.
 
-    ``base_hash`` is the base's content hash if it had to be computed to compare it with what the adapters record.
+    ``base_hash`` is the base's content hash if it had to be computed to compare it with what the adapters record; else
+    ``recorded`` is what they record, which whoever reads all of the base compares by `check_hash`.
     """
 
     base: Checkpoint
@@ -33,6 +35,7 @@ class Inputs:
     adapters: list[Adapter]
     reference: str  # the base as it was named: a path, or a hub id
     base_hash: str | None = None
+    recorded: Sequence[tuple[str, str]] = ()  # (adapter, content hash)
 
     def touched(self) -> list[str]:
         """The base's tensors that some delta changes, in the base's order."""
@@ -48,15 +51,34 @@ class Inputs:
                 found[-1]["config_sha256"] = hashlib.sha256((path / CONFIG).read_bytes()).hexdigest()
         return found
 
-    def check_apart(self, out: Path) -> None:
+    def check_apart(self, out: Path | Store) -> None:
         """MismatchError where the output would replace one of the inputs."""
-        for path in (self.base.path, *self.paths):
-            if path.resolve().is_relative_to(out.resolve()):
-                raise MismatchError(f"{out} holds an input of this merge", hint="choose another -o DIR")
+        if any(_holds(out, path) for path in (self.base.path, *self.paths)):
+            raise MismatchError(f"{out} holds an input of this command", hint="choose another -o DIR")
+
+    def check_hash(self, found: str) -> None:
+        """MismatchError where a base of this content hash is not the one that an adapter records."""
+        _check_hash(self.recorded, self.base.path, found)
+
+    def check_unchanged(self) -> None:
+        """MismatchError where weights behind a URL are no longer what was read."""
+        check_unchanged([*self.base.files, *(file for path in self.paths for file in tensor_files(path))])
 
 
-def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: bool = False) -> Inputs:
+def _holds(out: Path | Store, path: Path) -> bool:
+    """Does ``path``, or the URL that it was fetched from, lie in ``out``?"""
+    url = source_of(path) or path.resolve().as_uri()
+    if isinstance(out, Store):
+        return f"{url}/".startswith(f"{out.bucket.url}/")
+    return f"{url}/".startswith(f"{out.resolve().as_uri()}/") or out in places(url)
+
+
+def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: bool = False, weights: bool = False,
+                hash_later: bool = False) -> Inputs:
     """Open the base and every input; ``base`` None means the one that all the adapters name.
+
+    What lies behind a URL is read there by ranges, or with ``weights`` fetched whole. With ``hash_later`` the content hash of
+    such a base is left to the caller, who reads it all (`Inputs.check_hash`).
 
     Raises UsageError without inputs or when full models come without a base, NotFoundError for what does not exist,
     MismatchError when adapters name different bases, do not fit the base, or record in ``paft.json`` that they were
@@ -65,14 +87,17 @@ def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: 
     """
     if not names:
         raise UsageError("nothing to merge", hint="name at least one adapter")
-    opened = [_open(name) for name in names]
+    opened = [_open(name, weights=weights) for name in names]
     adapters = [each for each in opened if isinstance(each, Adapter)]
     reference = base or _delta_base(opened) or _common_base(adapters, len(opened))
-    directory = _find_base(reference, given=base is not None)
+    directory = _find_base(reference, given=base is not None, weights=weights)
     if (directory / CONFIG).is_file():
         raise MismatchError(f"the base {directory.name} is an adapter", hint="name the model that it was trained on")
     checkpoint = Checkpoint.open(directory)
-    base_hash = None if allow_base_mismatch else _check_base(adapters, directory)
+    recorded = [] if allow_base_mismatch else _recorded(adapters)
+    base_hash = content_hash(directory) if recorded and not (hash_later and weight_files(directory)) else None
+    if base_hash:
+        _check_hash(recorded, directory, base_hash)
     deltas = [_delta(each, checkpoint) for each in opened]
     if all(isinstance(delta, NoDelta) for delta in deltas):
         raise MismatchError("there is nothing to merge: every input is the base itself", hint="name an adapter")
@@ -80,8 +105,8 @@ def open_inputs(names: Sequence[str], base: str | None, *, allow_base_mismatch: 
     paths = [each.path if isinstance(each, Adapter) else each for each in opened]
     _check_distinct(labels, deltas)
     named = label(reference, directory)
-    named_as = reference if os.path.exists(os.path.expanduser(reference)) else named
-    return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as, base_hash)
+    named_as = reference if os.path.exists(os.path.expanduser(reference)) or is_url(reference) else named
+    return Inputs(checkpoint, named, deltas, labels, paths, adapters, named_as, base_hash, recorded)
 
 
 @dataclass(frozen=True)
@@ -109,19 +134,18 @@ def _delta(opened: Adapter | Path, base: Checkpoint) -> Delta:
     return FullDelta(Checkpoint.open(opened), base, content_hash(opened))
 
 
-def _check_base(adapters: Sequence[Adapter], base: Path) -> str | None:
-    """Compare the base with what the adapters record of theirs; its hash, or None where none of them records any."""
-    recorded = {adapter.name: recorded_base(adapter.path) for adapter in adapters}
-    if not any(recorded.values()):
-        return None
-    found = content_hash(base)
-    for name, wanted in recorded.items():
-        if wanted not in (None, found):
+def _recorded(adapters: Sequence[Adapter]) -> list[tuple[str, str]]:
+    """The content hash of its base that each adapter records."""
+    return [(adapter.name, wanted) for adapter in adapters if (wanted := recorded_base(adapter.path))]
+
+
+def _check_hash(recorded: Sequence[tuple[str, str]], base: Path, found: str) -> None:
+    for name, wanted in recorded:
+        if wanted != found:
             raise MismatchError(
                 f"{name} was trained on a base of content {wanted[:12]}, {base.name} has {found[:12]}",
                 hint="pass the base it was trained on, or --allow-base-mismatch if only the type differs",
             )
-    return found
 
 
 def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:
@@ -136,15 +160,15 @@ def _check_distinct(names: Sequence[str], deltas: Sequence[Delta]) -> None:
         seen[key] = name
 
 
-def _open(name: str) -> Adapter | Path:
-    directory = hub.resolve(name, kind="adapter", patterns=[*PATTERNS, *DELTA_PATTERNS, "config.json"])
+def _open(name: str, *, weights: bool) -> Adapter | Path:
+    directory = hub.resolve(name, kind="adapter", patterns=[*PATTERNS, *DELTA_PATTERNS, "config.json"], weights=weights)
     if is_delta(directory):
         return directory
     if (directory / CONFIG).is_file():
         return read_adapter(name)
     if not (directory / "config.json").is_file():
         raise NotFoundError(f"{name} is neither an adapter nor a model: no {CONFIG}, no config.json")
-    return hub.resolve(name, kind="model", patterns=hub.MODEL_FILES)
+    return hub.resolve(name, kind="model", patterns=hub.MODEL_FILES, weights=weights)
 
 
 def _delta_base(opened: Sequence[Adapter | Path]) -> str | None:
@@ -174,9 +198,9 @@ def _base_reference(adapter: Adapter) -> str:
     return f"{name}@{adapter.base_revision}" if adapter.base_revision and "@" not in name else name
 
 
-def _find_base(reference: str, *, given: bool) -> Path:
+def _find_base(reference: str, *, given: bool, weights: bool) -> Path:
     try:
-        return hub.resolve(reference, kind="base", patterns=hub.MODEL_FILES)
+        return hub.resolve(reference, kind="base", patterns=hub.MODEL_FILES, weights=weights)
     except NotFoundError as error:
         if given:
             raise

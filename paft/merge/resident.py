@@ -44,7 +44,7 @@ def open_job(recipe: MergeRecipe, inputs: Inputs | None = None, *, base: str | N
     if not recipe.adapters:
         raise UsageError("the merge names no adapters", hint="list them under adapters: in the recipe")
     settings = Settings.read(native(recipe.method, recipe.dialect), recipe.adapters, recipe.parameters, recipe.weights)
-    inputs = inputs or open_inputs(settings.inputs, recipe.base or base)
+    inputs = inputs or open_inputs(settings.inputs, recipe.base or base, weights=True)
     settings = settings.over(inputs.base.entries)
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     job = Job(inputs, recipe.method, settings, recipe.dialect, recipe.seed, dtype, "full", TILE_ELEMENTS, free_cores(),

@@ -7,6 +7,9 @@ A file of the base is the unit, as it is for ``--resume``. Sums of counts are ex
 bytes do not depend on who writes it. A file takes its place under its name by a rename when it is on the disk, so what a killed
 worker leaves is in no model, and the next attempt begins the file again. The rare entries that equal a global threshold are
 shared out by the driver, in one more pass.
+
+Where the output is behind a URL, no disk is shared: a worker writes its file on its own disk and puts it there; the driver puts
+the small files, and last the list of all, without which nothing is there (`There`).
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from paft.checkpoint import Checkpoint, Entry
 from paft.delta import Tiled
+from paft.errors import PaftError
 from paft.executor import Ask, Executor
+from paft.merge.check import SMALL, check_model
 from paft.merge.estimate import working
 from paft.merge.global_trim import Count, Counts, histogram
 from paft.merge.job import Job
@@ -31,9 +38,61 @@ from paft.merge.shards import Shards
 from paft.merge.tally import Tally
 from paft.merge.writer import Read, Written, write_tensors
 from paft.parallel import Done
+from paft.store import Store
+from paft.store.cache import digest_of
+from paft.target import claim
 
 
-def counting(job: Job, room: Path, executor: Executor) -> Callable[[int], Count]:
+@dataclass
+class There:
+    """A model behind a URL; ``files`` are the sha256 of those that workers have put there."""
+
+    store: Store
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def room(self) -> Store:
+        """For logs, until it is whole."""
+        return self.store / ".work"
+
+    @contextmanager
+    def making(self, *, overwrite: bool) -> Iterator[Path]:
+        """A directory of this machine for all but the weights, which goes behind the URL at the end; an error leaves nothing."""
+        if overwrite:
+            self._remove()
+        try:
+            with claim(self.store.here / "model") as room:
+                scratch = room / "model"
+                scratch.mkdir()
+                yield scratch
+                self.room.bucket.remove("")
+                parent, name = self.store.apart()
+                parent.push(name, scratch, self.files)
+        except BaseException:
+            with suppress(PaftError):
+                self._remove()
+            raise
+        finally:
+            shutil.rmtree(self.store.here, ignore_errors=True)
+
+    def _remove(self) -> None:
+        parent, name = self.store.apart()
+        parent.remove(name)
+
+    def check(self, scratch: Path, size: int, check: bool | None) -> dict[str, Any] | None:
+        """`check_model`, for which the weights of a small model come here."""
+        if check is False or (check is None and size > SMALL):
+            return None
+        try:
+            for name in self.files:
+                self.store.bucket.get(name, scratch / name)
+            return check_model(scratch, check)
+        finally:
+            for name in self.files:
+                (scratch / name).unlink(missing_ok=True)
+
+
+def counting(job: Job, room: Path | Store, executor: Executor) -> Callable[[int], Count]:
     """For `Job.with_trims`: the entries of the i-th delta, counted by the workers, a file of the base each."""
 
     def of(place: int) -> Count:
@@ -62,15 +121,17 @@ def _count(job: Job, place: int, level: int, prefix: int, file: str) -> Counts:
 
 
 def write_files(job: Job, out: Path, tallies: dict[str, Tally], progress: Callable[[str], None], shards: Shards,
-                executor: Executor) -> Written:
-    """`writer.write_tensors` by workers; what ``shards`` has finished is taken as it is."""
+                executor: Executor, there: There | None = None) -> Written:
+    """`writer.write_tensors` by workers, into ``out`` or ``there``; what ``shards`` has finished is taken as it is."""
     done, base = Written(), job.inputs.base
     left = [file.name for file in base.files if file.name not in shards.done]
     for name in shards.done:
         done.take(*shards.of(name), progress)
 
-    def finished(file: str, told: tuple[Written, dict[str, Tally]]) -> None:
-        written, counted = told
+    def finished(file: str, told: tuple[Written, dict[str, Tally], str | None]) -> None:
+        written, counted, sha256 = told
+        if there and sha256:
+            there.files[file] = sha256
         for name, tally in counted.items():
             vars(tallies[name]).update(vars(tally))
         shards.finish(file, written.base, written.out)
@@ -79,7 +140,8 @@ def write_files(job: Job, out: Path, tallies: dict[str, Tally], progress: Callab
         done.take(written.base, written.out, progress)
 
     try:
-        _each(left, partial(_write, job, out), finished, job, out.parent, executor)
+        work = partial(_write, job, there.store if there else out)
+        _each(left, work, finished, job, there.room if there else out.parent, executor)
     finally:
         for part in out.parent.glob("part-*"):
             shutil.rmtree(part, ignore_errors=True)
@@ -90,21 +152,27 @@ def write_files(job: Job, out: Path, tallies: dict[str, Tally], progress: Callab
     return done
 
 
-def _write(job: Job, out: Path, file: str) -> tuple[Written, dict[str, Tally]]:
-    """One file of the output, complete or absent."""
+def _write(job: Job, out: Path | Store, file: str) -> tuple[Written, dict[str, Tally], str | None]:
+    """One file of the output, complete or absent, and of one behind a URL its sha256."""
     own = part_of(job.inputs.base, file)
     tallies = {name: Tally(job.inputs.names) for name in own.entries if name in job.touched}
 
     def merged(entry: Entry, read: Read) -> Iterator[torch.Tensor] | None:
         return job.merged(entry, read, tallies[entry.name]) if entry.name in tallies else None
 
-    room = out.parent / f"part-{uuid.uuid4().hex}"
-    room.mkdir()
-    threads = max(1, int(os.environ["OMP_NUM_THREADS"]))
-    written = write_tensors(own, room, job.dtype, merged, threads, lambda name: None)
-    os.rename(room / file, out / file)
-    room.rmdir()
-    return written, tallies
+    room = (out.here if isinstance(out, Store) else out.parent) / f"part-{uuid.uuid4().hex}"
+    room.mkdir(parents=isinstance(out, Store))
+    threads, sha256 = max(1, int(os.environ["OMP_NUM_THREADS"])), None
+    try:
+        written = write_tensors(own, room, job.dtype, merged, threads, lambda name: None)
+        if isinstance(out, Store):
+            sha256 = digest_of(room / file)
+            out.bucket.put(room / file, file)
+        else:
+            os.rename(room / file, out / file)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    return written, tallies, sha256
 
 
 def part_of(base: Checkpoint, file: str) -> Checkpoint:
@@ -113,7 +181,7 @@ def part_of(base: Checkpoint, file: str) -> Checkpoint:
     return replace(base, files=tuple(each for each in base.files if each.name == file), entries=entries)
 
 
-def _each(files: list[str], work: Callable[[str], object], done: Done, job: Job, room: Path,
+def _each(files: list[str], work: Callable[[str], object], done: Done, job: Job, room: Path | Store,
           executor: Executor) -> None:
     ask: Ask = executor.whole_node(working(job), gpu=job.device != "cpu")
     executor.graph(dict.fromkeys(files), work, workers=0, done=done, room=room, asks=dict.fromkeys(files, ask), show=False)

@@ -24,15 +24,16 @@ from typing import Any
 
 import torch
 
-from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded, read_entries
+from paft.checkpoint import FLOAT_NAMES, FLOATS, INDEX, Checkpoint, Entry, is_sharded
 from paft.delta import TILE_ELEMENTS, tile_rows
 from paft.errors import MismatchError
 from paft.hub import WEIGHTS
 from paft.jsonfile import read_header, read_json
+from paft.merge.reader import Read, Reader, Source, opened, read_ahead, read_at
 from paft.merge.shards import Hashes, Shards
 from paft.provenance import tree_hash
+from paft.store import WeightFile
 
-Read = Callable[[int, int], torch.Tensor]
 Merged = Callable[[Entry, Read], Iterator[torch.Tensor] | None]
 
 # Never copied from the base: weights in any form, and what describes the base's own directory.
@@ -80,15 +81,14 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
             if shards and file.name in shards.done:
                 done.take(*shards.of(file.name), progress)
                 continue
-            source = os.open(file, os.O_RDONLY)
-            stack.callback(os.close, source)
+            source = opened(file, stack)
             target = os.open(out / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             stack.callback(os.close, target)
             for entry, place in _layout(file, base, dtype, source, target):
                 jobs.append((entry, place, pool.submit(_write_one, entry, place, merged)))
         left, synced = Counter(place.target for _, place, _ in jobs), []
 
-        def finish(target: int, file: Path) -> None:
+        def finish(target: int, file: WeightFile) -> None:
             os.fsync(target)
             if not shards:
                 return
@@ -118,14 +118,15 @@ def write_tensors(base: Checkpoint, out: Path, dtype: torch.dtype | None, merged
 class _Place:
     """Where one tensor's bytes go, and in which type."""
 
-    source: int
+    source: Source
     target: int
     offset: int
     nbytes: int
     dtype: str
 
 
-def _layout(file: Path, base: Checkpoint, dtype: torch.dtype | None, source: int, target: int) -> Iterator[tuple[Entry, _Place]]:
+def _layout(file: WeightFile, base: Checkpoint, dtype: torch.dtype | None, source: Source,
+            target: int) -> Iterator[tuple[Entry, _Place]]:
     """Write the header of an output file, give it its size, and yield the place of each of its tensors."""
     entries = [entry for entry in base.entries.values() if entry.file == file]
     header = _header(file, entries, dtype)
@@ -140,8 +141,8 @@ def _layout(file: Path, base: Checkpoint, dtype: torch.dtype | None, source: int
 
 def _write_one(entry: Entry, place: _Place, merged: Merged) -> tuple[str, str]:
     """Make one tensor; the hex hashes of its bytes in the base and in the output."""
-    reader = _Reader(entry, place.source)
-    _read_ahead(entry, place.source)
+    reader = Reader(entry, place.source)
+    read_ahead(entry, place.source)
     tiles = merged(entry, reader)
     if tiles is None and place.dtype == entry.dtype:
         same = _copy(entry, place)
@@ -156,46 +157,18 @@ def _write_one(entry: Entry, place: _Place, merged: Merged) -> tuple[str, str]:
     return reader.digest.hexdigest(), digest.hexdigest()
 
 
-def _read_ahead(entry: Entry, source: int) -> None:
-    """Tell the disk to begin: a method passes over ΔW before it asks for W, and threads that share a file hide its order."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(source, entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
-
-
-class _Reader:
-    """Reads the rows of one tensor of the base in order, into one buffer, and hashes them."""
-
-    def __init__(self, entry: Entry, source: int) -> None:
-        self.entry, self.source, self.row = entry, source, 0
-        self.digest, self.buffer = hashlib.sha256(), bytearray()
-
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
-        assert start == self.row, f"{self.entry.name} is read out of order"
-        self.row = stop
-        dtype = FLOATS[self.entry.dtype]
-        size = self.entry.columns * dtype.itemsize
-        if len(self.buffer) < (stop - start) * size:
-            self.buffer = bytearray((stop - start) * size)
-        if not size or start == stop:
-            return torch.empty(stop - start, self.entry.columns, dtype=dtype)
-        view = memoryview(self.buffer)[: (stop - start) * size]
-        _read_at(self.source, view, self.entry.offset + start * size, self.entry)
-        self.digest.update(view)
-        return torch.frombuffer(view, dtype=dtype).view(stop - start, self.entry.columns)
-
-
 def _copy(entry: Entry, place: _Place) -> str:
     """Copy a tensor's bytes inside the kernel where it can (some file systems then share them); their hash."""
     digest, buffer = hashlib.sha256(), bytearray(min(_SPAN, entry.nbytes))
     for begin in range(0, entry.nbytes, _SPAN):
         view = memoryview(buffer)[: min(_SPAN, entry.nbytes - begin)]
-        _read_at(place.source, view, entry.offset + begin, entry)
+        read_at(place.source, view, entry.offset + begin, entry)
         digest.update(view)
         if entry.is_float and view and torch.frombuffer(view, dtype=FLOATS[entry.dtype]).isnan().any():
             raise MismatchError(f"the base's {entry.name} holds NaN", hint="copy or download the base again")
         done = 0
         try:
-            while done < len(view):
+            while isinstance(place.source, int) and done < len(view):
                 at = begin + done
                 count = os.copy_file_range(place.source, place.target, len(view) - done, entry.offset + at, place.offset + at)
                 if not count:
@@ -207,15 +180,6 @@ def _copy(entry: Entry, place: _Place) -> str:
                 raise
         _write_at(place.target, view[done:], place.offset + begin + done)
     return digest.hexdigest()
-
-
-def _read_at(source: int, view: memoryview, offset: int, entry: Entry) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(source, [view[done:]], offset + done)
-        if not count:
-            raise MismatchError(f"{entry.file} ends inside {entry.name}", hint="copy or download it again")
-        done += count
 
 
 def _write_at(target: int, data: bytes | memoryview, offset: int) -> None:
@@ -255,7 +219,7 @@ def _stored(entry: Entry, dtype: torch.dtype | None) -> tuple[str, int]:
     return FLOAT_NAMES[kind], entry.nbytes // FLOATS[entry.dtype].itemsize * kind.itemsize
 
 
-def _header(file: Path, entries: list[Entry], dtype: torch.dtype | None) -> bytes:
+def _header(file: WeightFile, entries: list[Entry], dtype: torch.dtype | None) -> bytes:
     header, data = read_header(file)
     if all(_stays(entry, dtype) for entry in entries):
         with file.open("rb") as stream:
@@ -288,6 +252,6 @@ def _record_dtype(base: Checkpoint, out: Path, dtype: torch.dtype) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if (out / INDEX).is_file():
         index = read_json(out / INDEX)
-        size = sum(entry.nbytes for file in base.files for entry in read_entries(out / file.name))
+        size = sum(_stored(entry, dtype)[1] for entry in base.entries.values())
         index.setdefault("metadata", {})["total_size"] = size
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

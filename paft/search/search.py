@@ -99,7 +99,7 @@ class _Asked:
 
 
 def _space(plan: Plan, asked: _Asked) -> tuple[Inputs, Space]:
-    inputs = open_inputs(plan.adapters, plan.base)
+    inputs = open_inputs(plan.adapters, plan.base, weights=True)
     return inputs, make_space(inputs, plan.adapters, plan.base or inputs.reference, chosen=asked.methods, ranges=asked.ranges,
                               groups=asked.groups, seed=asked.seed)
 

@@ -14,14 +14,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from paft.errors import MismatchError
-from paft.store.bucket import Bucket
+from paft.errors import MismatchError, PaftError, UsageError
+from paft.store.bucket import Bucket, is_url
 from paft.store.cache import digest_of, held, home, keep, lay
 
 LIST = ".paft-files.json"
@@ -53,11 +55,21 @@ class Store:
         """The artefacts that are there, whole."""
         return [name.removesuffix(f"/{LIST}") for name in self.bucket.files() if name.endswith(f"/{LIST}")]
 
-    def push(self, name: str, directory: Path | None = None) -> None:
-        """Write the artefact at ``here``/NAME, or in ``directory``, under the URL; nothing where it stands there already."""
-        directory = directory or self.here / name
+    def apart(self) -> tuple[Store, str]:
+        """The tree that this directory is an artefact of, and its name there; UsageError for a whole bucket."""
+        parent, _, name = self.bucket.url.rpartition("/")
+        if not is_url(parent):
+            raise UsageError(f"{self} has no directory above it", hint=f"name a directory in it, {self}/NAME")
+        return Store(parent), name
+
+    def push(self, name: str, directory: Path | None = None, there: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write the artefact at ``here``/NAME, or in ``directory``, under the URL; nothing where it stands there already.
+
+        ``there``: the sha256 of files that others have put there.
+        """
+        own, directory = directory is None, directory or self.here / name
         found = {file.relative_to(directory).as_posix(): file for file in _files(directory)}
-        digests = {each: digest_of(file) for each, file in found.items()}
+        digests = {each: digest_of(file) for each, file in found.items()} | dict(there)
         known = self._listed(name)
         if known == digests:
             return
@@ -66,9 +78,9 @@ class Store:
         for each, file in found.items():
             if (known or {}).get(each) != digests[each]:
                 inside.put(file, each)
-            if directory == self.here / name:
+            if own:
                 keep(file, digests[each])
-        for gone in (known or {}).keys() - found.keys():
+        for gone in (known or {}).keys() - digests.keys():
             inside.remove(gone)
         inside.write(LIST, json.dumps({"schema": 1, "files": digests}, indent=1).encode())
 
@@ -123,6 +135,48 @@ class Store:
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
         raise MismatchError(f"{inside.url}/{LIST} is not a list of files", hint="remove the artefact, and make it again")
+
+
+@contextmanager
+def making(out: Store, *, overwrite: bool, resume: bool, dry_run: bool = False, sends: bool = True) -> Iterator[Path]:
+    """A place of this machine for the artefact ``out``, which goes behind the URL when the block succeeds, its list last.
+
+    With ``resume`` what stands there whole comes here first, and what was begun here stays; also what could not be sent.
+    Of several processes only one ``sends``. Raises MismatchError where something stands behind the URL.
+    """
+    store, name = out.apart()
+    place = store.here / name
+    if sends:
+        _admit(store, name, overwrite=overwrite, resume=resume, dry_run=dry_run)
+    yield place
+    if not sends or dry_run:
+        return
+    try:
+        if overwrite or not out.bucket.has(LIST):  # of what is listed only the difference goes
+            store.remove(name)
+        store.push(name, place)
+    except PaftError as error:
+        error.hint = f"it is whole in {place}"
+        raise
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def places(url: str) -> Iterator[Path]:
+    """Where `making` makes the artefact at a URL, or one that would hold it."""
+    while is_url(parent := url.rpartition("/")[0]):
+        yield Store(parent).here / url.rpartition("/")[2]
+        url = parent
+
+
+def _admit(store: Store, name: str, *, overwrite: bool, resume: bool, dry_run: bool) -> None:
+    place, files = store.here / name, store.bucket.inside(name).files()
+    if files and not overwrite:
+        if not resume or (LIST not in files and not place.is_dir()):
+            raise MismatchError(f"{store}/{name} is not empty", hint="choose another -o URL, or pass --overwrite")
+        if LIST in files and not dry_run:
+            store.pull(name)
+    if not resume and not dry_run:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _inside(name: str) -> bool:

@@ -1,13 +1,16 @@
 """What was fetched, by its content, under ``$PAFT_CACHE`` (``~/.cache/paft``); all of it may be deleted when nothing runs.
 
     objects/ab/abcd...        a file, by the sha256 that is known of it, or by its URL and what the service says of its content
-    fetched/abcd.../NAME      a directory behind a URL as it was: its files are links to objects
+    fetched/abcd.../NAME      a directory behind a URL as it was: its files are links to objects; perhaps without its weights
+    hashes/abcd...            the content hash of weights behind a URL, by what the service says of their content
+    trees/abcd.../NAME        what is made for a URL, until it is there
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -19,6 +22,9 @@ from pathlib import Path, PurePosixPath
 from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError
 from paft.store.bucket import Blob, Bucket
 from paft.target import no_room
+
+WHERE = ".weights.json"  # beside what was fetched: where the weights of it are
+_WEIGHTS = ".safetensors"
 
 
 def home() -> Path:
@@ -37,8 +43,7 @@ def held(bucket: Bucket, name: str, *, sha256: str | None = None, blob: Blob | N
 
     Raises MismatchError where what comes is not what it should be.
     """
-    key = sha256 or hashlib.sha256(f"{bucket.url}/{name}\0{blob and blob.key}".encode()).hexdigest()
-    place = home() / "objects" / key[:2] / key
+    place = home() / "objects" / sha256[:2] / sha256 if sha256 else object_of(bucket, name, blob)
     if not place.is_file():
         with _scratch(place) as scratch:
             bucket.get(name, scratch)
@@ -48,6 +53,12 @@ def held(bucket: Bucket, name: str, *, sha256: str | None = None, blob: Blob | N
                 raise MismatchError(f"{bucket.url}/{name} is not what was written there", hint="make the artefact again")
             os.replace(scratch, place)
     return place
+
+
+def object_of(bucket: Bucket, name: str, blob: Blob | None) -> Path:
+    """The place here of a file whose hash is not known."""
+    key = hashlib.sha256(f"{bucket.url}/{name}\0{blob and blob.key}".encode()).hexdigest()
+    return home() / "objects" / key[:2] / key
 
 
 def keep(file: Path, sha256: str) -> None:
@@ -71,23 +82,27 @@ def lay(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def fetched(url: str, patterns: Sequence[str] = ("*",)) -> Path:
+def fetched(url: str, patterns: Sequence[str] = ("*",), *, weights: bool = True) -> Path:
     """The files behind ``url`` whose names match, as a directory here; of a URL that is one file, the file.
 
-    It is read only. NotFoundError where nothing is there.
+    It is read only. Without ``weights`` the tensors stay there (`paft.store.ranged`). NotFoundError where nothing is there.
     """
     bucket = Bucket(url)
     found = {name: blob for name, blob in bucket.files().items() if any(fnmatch.fnmatch(name, one) for one in patterns)}
     if not found:
         return _one_file(bucket)
-    state = hashlib.sha256(repr((url, sorted((name, blob.key) for name, blob in found.items()))).encode()).hexdigest()
+    about = (bucket.url, weights, sorted((name, blob.key) for name, blob in found.items()))
+    state = hashlib.sha256(repr(about).encode()).hexdigest()
     place = home() / "fetched" / state[:16] / PurePosixPath(bucket.url).name
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(dir=place.parent))
         try:
             for name, blob in found.items():
-                lay(held(bucket, name, blob=blob), room / name)
+                if weights or not name.endswith(_WEIGHTS):
+                    lay(held(bucket, name, blob=blob), room / name)
+            where = {name: [blob.size, blob.key] for name, blob in found.items() if name.endswith(_WEIGHTS)}
+            (place.parent / WHERE).write_text(json.dumps({"url": bucket.url, "files": where}), encoding="utf-8")
             os.replace(room, place)
         except OSError as error:
             shutil.rmtree(room, ignore_errors=True)

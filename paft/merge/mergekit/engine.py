@@ -73,7 +73,7 @@ def merge(
     out = Path(out)
     check_target(out, overwrite=overwrite)
     settings = Settings.read(signature(method), inputs, parameters, weights)
-    opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch)
+    opened = open_inputs(settings.inputs, base, allow_base_mismatch=allow_base_mismatch, weights=True)
     opened.check_apart(out)
     settings, names = settings.over(opened.base.entries), opened.touched()
     list(settings.distinct(names))  # refuses what cannot be

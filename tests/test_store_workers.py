@@ -1,0 +1,125 @@
+"""Workers that share no disk with the driver put the files of a merge behind a URL: the bytes of one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clikit import Capture, assert_one_error
+from conftest import AdapterFactory
+from storekit import FULL, files_of, manifest, save_sharded
+
+from paft.cli import invoke
+from paft.merge import spread
+from paft.merge.engine import merge
+from paft.store import Bucket
+from paft.store.artefacts import LIST
+
+ray = pytest.importorskip("ray")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cluster whose workers keep their files in another place than the driver; that place."""
+    from ray import cloudpickle
+
+    cache = tmp_path_factory.mktemp("workers")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    before, here = os.environ.get("PAFT_CACHE"), Path.cwd()
+    os.environ["PAFT_CACHE"] = str(cache)
+    os.chdir(ROOT)  # workers import paft from where the driver stands
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL",
+             object_store_memory=80 << 20)
+    os.environ.pop("PAFT_CACHE")
+    if before:
+        os.environ["PAFT_CACHE"] = before
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield cache
+    ray.shutdown()
+    os.chdir(here)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sharded(tiny_base, tmp_path_factory.mktemp("sharded") / "base")
+
+
+@pytest.fixture(scope="module")
+def inputs(sharded: Path, make_adapter: AdapterFactory, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """An adapter with a tensor that it replaces, and a fine-tuned model."""
+    tuned = tmp_path_factory.mktemp("tuned") / "tuned"
+    merge([str(make_adapter(sharded, 3))], base=str(sharded), method="linear", parameters={}, weights=None, out=tuned)
+    return [make_adapter(sharded, 1, modules_to_save=["embed_tokens"]), tuned]
+
+
+def line_of(inputs: list[Path], base: Path, *more: str) -> list[str]:
+    return ["merge", *(path.as_uri() for path in inputs), "--base", base.as_uri(), "-q", *more]
+
+
+def test_workers_without_a_shared_disk(inputs: list[Path], sharded: Path, tmp_path: Path, workers: Path, capsys: Capture) -> None:
+    here, there = tmp_path / "here", tmp_path / "bucket" / "out"
+    line = line_of(inputs, sharded, *FULL, "-p", "scope=global", "--dtype", "bfloat16")
+    assert invoke([*line, "-o", str(here)]) == 0
+    assert invoke([*line, "-o", there.as_uri(), "--executor", "ray"]) == 0, capsys.readouterr().err
+    assert "checked: it loads" in capsys.readouterr().out
+    assert files_of(there) == files_of(here) and len(list(there.glob("*.safetensors"))) >= 4
+    assert manifest(there) == manifest(here) and invoke(["verify", str(there)]) == 0
+    assert json.loads((there / LIST).read_text())["files"].keys() == {file.name for file in there.iterdir()} - {LIST}
+    assert not list(workers.rglob("*.safetensors"))
+    capsys.readouterr()
+    again = [*line, "-o", there.as_uri(), "--executor", "ray"]
+    assert_one_error(capsys, invoke(again), 3, "out is not empty")
+    assert_one_error(capsys, invoke([*again, "--resume"]), 2, "is made at once")
+    assert_one_error(capsys, invoke([*line_of(inputs, sharded, "--executor", "ray", "--overwrite", "-o"), sharded.as_uri()]), 3,
+                     "holds an input")
+
+
+def killed_while_sending(mark: Path, job: Any, out: Any, file: str) -> Any:
+    """`spread._write`, whose first worker is killed when half of its file is behind the URL."""
+    def put(self: Bucket, source: Path, name: str) -> None:
+        self.write(name, source.read_bytes()[:1000])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return spread._write(job, out, file)
+    (mark.parent / "seen").write_text(" ".join(out.bucket.files()))
+    Bucket.put = put
+    return spread._write(job, out, file)
+
+
+def fails(job: Any, out: Any, file: str) -> Any:
+    spread._write(job, out, file)
+    raise OSError("a disk is broken")
+
+
+def test_a_killed_worker_and_a_failed_merge(inputs: list[Path], sharded: Path, tmp_path: Path, capsys: Capture,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
+    line = line_of(inputs, sharded, *FULL, "--no-check")
+    there = tmp_path / "bucket" / "out"
+    assert invoke([*line, "-o", str(tmp_path / "here")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(spread, "_write", fails)
+        capsys.readouterr()
+        assert invoke([*line, "-o", there.as_uri(), "--executor", "ray"]) != 0
+        assert capsys.readouterr().err.count("error:") == 1 and not there.exists()
+    monkeypatch.setattr(spread, "_write", partial(killed_while_sending, tmp_path / "mark"))
+    assert invoke([*line, "-o", there.as_uri(), "--executor", "ray"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "mark").exists() and LIST not in (tmp_path / "seen").read_text()
+    assert files_of(there) == files_of(tmp_path / "here")
