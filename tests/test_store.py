@@ -23,9 +23,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", *filter(None, [os.environ.get("PAFT_TEST_URL")])])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"file://{tmp_path}/bucket" if request.param == "file" else f"memory://{secrets.token_hex(4)}/bucket"
+    """A place behind a URL; PAFT_TEST_URL names one more, such as s3://bucket of a test server."""
+    where = {"file": f"file://{tmp_path}", "memory": "memory:/"}.get(request.param, request.param)
+    return f"{where}/{secrets.token_hex(4)}/bucket"
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
