@@ -67,7 +67,7 @@ def commands(room: Path) -> dict[str, list[str]]:
     return {
         "train-sft": ["train-sft", "-m", str(room / "base"), "-d", str(room / "chat.jsonl"), *steps, "--l1", "1e-3"],
         "train-dpo": ["train-dpo", "-m", str(room / "base"), "-d", str(room / "pairs.jsonl"), *steps],
-        "merge": ["merge", str(room / "one"), str(room / "two"), "--method", "dare_ties", "-p", "density=0.5", "-q"],
+        "merge": ["merge", str(room / "one"), str(room / "two"), "--method", "dare_ties", "-p", "density=0.5", "-q", "--resume"],
         "run": ["run", str(room / "run.yaml"), "-q", "--resume", "--workers", "1"],
     }
 
@@ -131,11 +131,10 @@ def kill_one(name: str, arguments: list[str], out: Path, seconds: float, wanted:
         tally.faults += [f"{name}: after a kill: {line}" for line in half_made(out)]
         if code == 0:
             break
-    if not (name == "merge" and out.exists()):  # a merge that was done knows no --resume
-        said = out.with_name("said")
-        code = forked([*arguments, "-o", str(out)], said=said)
-        if code:
-            tally.faults.append(f"{name}: the command after the kill exits {code}: {said.read_text()[-300:]}")
+    said = out.with_name("said")
+    code = forked([*arguments, "-o", str(out)], said=said)
+    if code:
+        tally.faults.append(f"{name}: the command after the kill exits {code}: {said.read_text()[-300:]}")
     got = fingerprint(out) if out.exists() else {}
     differ = sorted({key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)})
     if differ:

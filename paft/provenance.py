@@ -30,6 +30,9 @@ from paft.target import claim as claim
 from paft.target import make_parent as make_parent
 from paft.target import output_dir as output_dir
 from paft.target import set_aside as set_aside
+from paft.target import sweep as sweep
+from paft.target import tidy as tidy
+from paft.target import write_whole as write_whole
 
 SCHEMA = 1
 _CARD = "README.md"  # its owner may edit it
@@ -147,7 +150,7 @@ def write_manifest(directory: Path, *, command: str, recipe: dict[str, Any], see
                 "content_sha256": tree_hash(tensors), "peak_memory_mb": peak_memory_mb(), **extra}
     if tensors:
         manifest |= {"files": _companions(directory), "tensors": _brief(tensors)}
-    (directory / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    write_whole(directory / MANIFEST, to_json(manifest))
     return manifest
 
 

@@ -81,6 +81,7 @@ def _default_workers(recipe: RunRecipe) -> int:
 def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any]:
     recipe, out = job.recipe, job.out
     out.mkdir(parents=True, exist_ok=True)
+    provenance.sweep(out)
     fetch(job)
     _train_all(job)
     merge_all(job)

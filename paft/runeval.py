@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any
 
 from paft import data, provenance
 from paft.candidates import attached
+from paft.errors import MismatchError
 from paft.evaluate import Evaluator, Held, judge_of
+from paft.jsonfile import read_json
 from paft.models import load_model, load_tokenizer
 from paft.progress import Progress
 from paft.recipe import Splits
@@ -88,17 +90,18 @@ class _Store:
     known: dict[str, Score] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.known = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        with suppress(MismatchError):  # cut by an older version: all is computed again
+            self.known = read_json(self.file) if self.file.is_file() else {}
 
     def add(self, key: str, score: Score) -> None:
         self.known[key] = score
-        self.file.write_text(json.dumps(self.known, indent=1))
+        provenance.write_whole(self.file, json.dumps(self.known, indent=1))
 
     def keep(self, keys: list[str]) -> None:
         """Forget what no row of this recipe has."""
         if self.known.keys() - set(keys):
             self.known = {key: self.known[key] for key in keys}
-            self.file.write_text(json.dumps(self.known, indent=1))
+            provenance.write_whole(self.file, json.dumps(self.known, indent=1))
 
 
 class _Scorer:
@@ -120,6 +123,8 @@ class _Scorer:
 
     def __call__(self, name: str, asked: Mapping[str, str | None]) -> Iterator[tuple[str, Score]]:
         """(key, score) of each of the ``asked`` = {key: task, or None for the held-out rows} of a row."""
+        if None in asked.values():
+            _ = self.held  # measures the reference, which is the base with nothing on it
         if asked:
             with self._candidate(name) as model:
                 for key, task in asked.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from paft import provenance
 from paft.controls import pruned, rescaled
+from paft.jsonfile import read_json
 from paft.merge.engine import merge
 from paft.progress import Progress
 from paft.recipe import RunMerge
@@ -18,7 +19,7 @@ from paft.runstore import ADAPTERS, CONTROLS, MERGES, publish, staged
 def merge_all(job: Run) -> None:
     """Every merge of the recipe under ``merges/``; merges.json has the key of what each was made from."""
     recipe, store = job.recipe, job.out / "merges.json"
-    keys = json.loads(store.read_text()) if store.is_file() else {}
+    keys = read_json(store) if store.is_file() else {}
     controlled = cache(partial(_controlled, job))  # several merges take the same control
     left: dict[str, tuple[list[Path], str]] = {}  # name -> (adapters, below the run's directory; key)
     for name, entry in recipe.merge.items():
@@ -32,7 +33,7 @@ def merge_all(job: Run) -> None:
         def done(name: str, _: None) -> None:
             made.append(name)
             keys[name] = left[name][1]
-            store.write_text(json.dumps(keys, indent=1))
+            provenance.write_whole(store, json.dumps(keys, indent=1))
             publish(job)
             show(len(made), name)
 

@@ -25,7 +25,7 @@ from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError
 
 MANIFEST = "paft.json"
 _FULL = {errno.ENOSPC: "disk full", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit exceeded"}
-_LOCK = "lock"
+_LOCK, _NEW = "lock", ".new"
 _held: set[int] = set()  # open locks of this process
 HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
@@ -108,6 +108,27 @@ def output_dir(target: Path, *, overwrite: bool = False, resume: bool = False, r
                 kept = "the same command with --resume goes on" if resume else "nothing was kept"
                 raise ResourceError(f"{full} while writing {given}", hint=f"make room; {kept}") from error
             raise
+
+
+def write_whole(file: Path, text: str) -> None:
+    """``text`` as the file, which is never seen half-written; see `sweep`."""
+    scratch = file.with_name(f".{file.name}{_NEW}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def sweep(directory: Path) -> None:
+    """Take away what a process left in ``directory`` that died in `write_whole`."""
+    for left in directory.glob(f".*{_NEW}"):
+        left.unlink(missing_ok=True)
+
+
+def tidy(target: Path) -> None:
+    """Take away what a process left beside ``target`` that died between the rename and the end; MismatchError if it lives."""
+    target = Path(os.path.realpath(target))
+    if (target.parent / f".{target.name}.partial").exists():
+        with claim(target):
+            pass
 
 
 @contextmanager

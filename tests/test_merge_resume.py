@@ -126,7 +126,12 @@ def test_a_finished_merge_is_taken_as_it_is_and_another_is_refused(command: list
     first, stamp = json.loads(capsys.readouterr().out), (tmp_path / "out").stat().st_ino
     assert invoke([*command, "--resume"]) == 0
     again = capsys.readouterr()
-    assert json.loads(again.out) == first and "finished already" in again.err
+    assert json.loads(again.out) == first and not again.err
+    room = tmp_path / ".out.partial"
+    room.mkdir()
+    (room / "shards.json").write_text("{}")  # a process was killed after the rename
+    assert invoke([*(word for word in command if word != "-q"), "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().err and not room.exists()
     assert (tmp_path / "out").stat().st_ino == stamp
     assert invoke(command) == 3 and "not empty" in capsys.readouterr().err
     for more, said in ((["--seed", "7"], "seed"), (["-p", "density=0.4"], "parameters"), (["--dtype", "float16"], "dtype")):

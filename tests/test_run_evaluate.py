@@ -116,6 +116,19 @@ def test_the_base_is_loaded_once(asked: Asked, monkeypatch: pytest.MonkeyPatch) 
     assert loaded == [str(asked.base), str(asked.out / "merges" / "ties")] and asked.rows() == before
 
 
+@pytest.mark.parametrize("left", range(4))
+def test_an_evaluation_that_was_cut_short_ends_in_the_same_scores(asked: Asked, left: int) -> None:
+    """Wherever it goes on, the reference of the DPO loss is the base, and not what is on it."""
+    before, file = asked.rows(), asked.out / "scores.json"
+    scores = json.loads(file.read_text())
+    held = [key for key, score in scores.items() if "dpo_loss" in score]
+    file.write_text(json.dumps({key: score for key, score in scores.items() if key in held[:left]}))
+    assert asked("--resume", "-q") == 0 and asked.rows() == before
+    file.write_text(file.read_text()[:40 * left])  # as one that was killed while it wrote would have left it
+    (asked.out / ".scores.json.new").write_text("{")
+    assert asked("--resume", "-q") == 0 and asked.rows() == before and not list(asked.out.glob(".*"))
+
+
 def test_tasks_are_columns_of_the_report(asked: Asked, capsys: Capture) -> None:
     head = (asked.out / "report.md").read_text().split("| --- |")[0]
     assert "| mine |" in head and "| few |" in head

@@ -36,7 +36,7 @@ from paft.merge.tally import Tally
 from paft.merge.writer import Read
 from paft.models import free_cores
 from paft.progress import say
-from paft.provenance import Tensors, check_target, content_hash, output_dir, write_manifest
+from paft.provenance import Tensors, check_target, content_hash, output_dir, tidy, write_manifest
 from paft.store import Store, is_url, making
 
 Progress = Callable[[int, int, str], None]
@@ -111,7 +111,7 @@ def _make(job: Job, out: Path | Store, progress: Progress | None, executor: Exec
     if isinstance(out, Store):
         with making(out, overwrite=overwrite, resume=resume) as place:
             return _make(job, place, progress, executor, overwrite, check, resume) | named
-    if resume and not overwrite and (known := _known_already(job, out)):
+    if resume and not overwrite and (known := _known_already(job, out, executor.quiet)):
         return {**known, "check": check_model(out, whole), **named}
     check_target(out, overwrite=overwrite)
     fits(job, out)
@@ -145,11 +145,12 @@ def _free(out: Path | str | Store, *, overwrite: bool) -> Path | Store:
     return out
 
 
-def _known_already(job: Job, out: Path) -> dict[str, Any] | None:
+def _known_already(job: Job, out: Path, quiet: bool) -> dict[str, Any] | None:
     opened = job.inputs
     found = finished(out, job.recipe(), opened.described(), lambda: opened.base_hash or content_hash(opened.base.path))
     if found:
-        say(f"{out} is finished already")
+        tidy(out)
+        say(f"{out} is finished already", quiet=quiet)
     return found
 
 
