@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -168,11 +169,11 @@ def soak(room: Path, kills: dict[str, int], seed: int = 0) -> dict[str, Tally]:
 
 def preload() -> None:
     """Load what every command needs, once: a fork that has become another user may not read the libraries."""
-    import tty  # noqa: F401
-
     import torch
 
     from paft.models import quiet_libraries
 
+    for name in ("tty", "concurrent.futures.process", "zoneinfo._zoneinfo"):
+        importlib.import_module(name)
     torch.set_num_threads(1)
     quiet_libraries()

@@ -172,6 +172,17 @@ def test_an_interval_with_both_signs_claims_nothing(tmp_path: Path) -> None:
     assert line.endswith("no difference that these seeds could show.")
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_skill_that_was_not_learned_is_said(tmp_path: Path, count: int) -> None:
+    for what, shift, expected in (("learned", -0.2, 0), ("not", 0.1, 1)):
+        sft, _, text = LOSSES["dpo"]
+        ends = (sft, LOSSES["base"][1] + shift, text)
+        places = [run(tmp_path / what / str(seed), seed, {**LOSSES, "dpo": ends}) for seed in range(count)]
+        found = study(places)
+        said = [line for line in findings(found, found.rows()) if "not better than the base" in line]
+        assert len(said) == expected and all(line.startswith("dpo alone") for line in said)
+
+
 def test_how_many_ways_beat_the_baselines(tmp_path: Path) -> None:
     found = seeds(tmp_path, 3)
     rows, text = found.rows(), " ".join(findings(found, found.rows()))

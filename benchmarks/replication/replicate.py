@@ -95,8 +95,10 @@ def main() -> None:
     out = options.work / "seeds"
     subprocess.run([sys.executable, "-m", "paft", "compare", str(HERE / "recipe.yaml"), "--seeds", str(options.seeds),
                     "-o", str(out), *(word for item in sets for word in ("--set", item))], check=True)
-    for suffix in ("md", "json", "png"):
+    for suffix in ("md", "png"):
         shutil.copyfile(out / f"compare.{suffix}", HERE / f"smollm2.{suffix}")
+    text = (out / "compare.json").read_text(encoding="utf-8").replace(f"{options.work}/", "")
+    (HERE / "smollm2.json").write_text(text.replace(options.model, Path(options.model).name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -111,12 +111,27 @@ def findings(study: Study, rows: Sequence[Row]) -> list[str]:
     said = [f"Nearest to the ideal point: {row['name']} ({row['group']}), {_brief(row, 'ideal')} nats." for row in ranked[:1]]
     said += [f"Best {group}: {row['name']}, ideal distance {_brief(row, 'ideal')}, SFT loss {_brief(row, 'sft_loss')}, "
              f"preference accuracy {_brief(row, 'pref_accuracy')}." for group, row in best.items() if row is not ranked[0]]
-    return said + _taxes(study, rows) + _against(study, rows) + _l1(study) + _limits(study)
+    return said + _unlearned(study) + _taxes(study, rows) + _against(study, rows) + _l1(study) + _limits(study)
 
 
 def _brief(row: Row, key: str) -> str:
     error = row.get(f"{key}_se", math.nan)
     return f"{row[key]:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") if key in row else "-"
+
+
+def _unlearned(study: Study) -> list[str]:
+    """A specialist that is no better than the base at its own objective: then there is no skill to combine."""
+    said = []
+    for objective, metric in (("sft", "sft_loss"), ("dpo", "dpo_loss")):
+        alone = study.alone(objective)
+        if alone is None or "base" not in study.runs[0].rows:
+            continue
+        found = study.vs([alone], ["base"], metric)
+        if found.mean >= 0 if math.isnan(found.low) else found.sign >= 0:
+            lost = interval(found.to_dict())
+            said.append(f"{study.name(alone)} alone is not better than the base at its own objective ({lost} nats held out): "
+                        "distances say what was lost, not what was combined. Train it longer.")
+    return said
 
 
 def _taxes(study: Study, rows: Sequence[Row]) -> list[str]:
