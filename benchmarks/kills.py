@@ -57,9 +57,21 @@ def make_world(room: Path) -> Path:
     (room / "run.yaml").write_text(yaml.safe_dump(recipe))
     for name, kind, data in (("one", "train-sft", "chat"), ("two", "train-dpo", "pairs")):
         done = forked([kind, "-m", str(room / "base"), "-d", str(room / f"{data}.jsonl"), "-o", str(room / name), "-q",
-                       "--set", "trainer.max_steps=2", "--set", "trainer.learning_rate=0.01"])
+                       "--set", "trainer.max_steps=2", "--set", "trainer.learning_rate=0.01"], modules=room / "modules")
         assert done == 0, f"{kind} exits {done}"
+        load_like(room / "modules")
+    merged = ["merge", str(room / "one"), str(room / "two"), "--method", "linear", "-o", str(room / "merged"), "-q"]
+    assert forked(merged, modules=room / "modules") == 0
+    load_like(room / "modules")
     return room
+
+
+def load_like(modules: Path) -> None:
+    """Load what a fork had loaded in the end: one that has become another user may not read the libraries."""
+    for name in modules.read_text().split():
+        if name not in sys.modules and not name.startswith("__"):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 def commands(room: Path) -> dict[str, list[str]]:
@@ -74,7 +86,7 @@ def commands(room: Path) -> dict[str, list[str]]:
 
 
 def forked(arguments: list[str], *, kill_after: float | None = None, prepare: Callable[[], Any] | None = None,
-           said: Path | None = None) -> int:
+           said: Path | None = None, modules: Path | None = None) -> int:
     """The exit code of a command in a fork of this process, or -9 where it was killed ``kill_after`` seconds."""
     child = os.fork()
     if not child:
@@ -90,6 +102,8 @@ def forked(arguments: list[str], *, kill_after: float | None = None, prepare: Ca
             code = invoke(arguments)
             sys.stdout.flush()
             sys.stderr.flush()
+            if modules:
+                modules.write_text("\n".join(sys.modules))
         os._exit(code)
     if kill_after is not None:
         time.sleep(kill_after)
@@ -168,12 +182,12 @@ def soak(room: Path, kills: dict[str, int], seed: int = 0) -> dict[str, Tally]:
 
 
 def preload() -> None:
-    """Load what every command needs, once: a fork that has become another user may not read the libraries."""
+    """Load what every command needs, once."""
+    import tty  # noqa: F401
+
     import torch
 
     from paft.models import quiet_libraries
 
-    for name in ("tty", "concurrent.futures.process", "zoneinfo._zoneinfo"):
-        importlib.import_module(name)
     torch.set_num_threads(1)
     quiet_libraries()
