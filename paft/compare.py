@@ -24,7 +24,6 @@ from paft.report.seeds import Row, Study
 from paft.report.seeds_tables import findings, tables, to_csv
 from paft.report.trainings import COST, Group, grouped, read
 from paft.report.ways import ways
-from paft.runstore import fetch_tables
 from paft.store import Store
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ def _run_seed(recipe: RunRecipe, out: Path | Store, seeds: dict[str, int], worke
 
 def _tables(place: Path | Store) -> Path:
     """A run that was made elsewhere, as far as a comparison reads it."""
+    from paft.runstore import fetch_tables
+
     if isinstance(place, Store):
         fetch_tables(place)
         return place.here

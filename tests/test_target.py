@@ -134,11 +134,12 @@ import os, signal, sys, time
 from pathlib import Path
 from paft.target import output_dir
 with output_dir(Path(sys.argv[1])) as directory:
-    if (child := os.fork()) == 0:
+    if os.fork() == 0:
+        os.kill(os.getppid(), signal.SIGKILL)
+        print(os.getpid(), flush=True)
         sys.stdin.read()
         os._exit(0)
-    print(child, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
 """
 
 

@@ -40,7 +40,7 @@ class _Place(click.ParamType):
 
 
 PLACE = _Place()
-out_option = click.option("-o", "--out", type=PLACE, help="The directory to make; also s3://..., gs://...")
+out_option = click.option("-o", "--out", type=PLACE, help="The directory to make; also behind s3:// or gs://.")
 recipe_option = click.option("-c", "--recipe", "file", metavar="RECIPE", help="A YAML file, or a name from `paft recipes ls`.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check all, say what would be done and what it costs, write nothing.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace a target that is not empty.")
