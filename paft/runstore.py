@@ -60,15 +60,18 @@ def _at(job: Run, work: Callable[[Run, str], Any], reads: tuple[str, ...], makes
     if not makes:
         store.pull_file(_CACHES[1])
         with _following(partial(_send_scores, store)):
-            return work(job, name)
+            found = work(job, name)
+        _send_scores(store, None)  # the last of them, which no look has seen
+        return found
     out = job.out / makes / name
     unfinished = _name(job, place(out))
     if not place(out).is_dir():
         store.pull(unfinished)
     with _following(partial(_send_checkpoint, store, place(out), unfinished)):
         found = work(job, name)
+    there = store.names()
     for each in _finished(job.out, makes):  # beside its own the trainings that estimated its optima
-        if each == _name(job, out) or each not in store.names():
+        if each == _name(job, out) or each not in there:
             store.push(each)
     store.remove(unfinished)
     return found
@@ -101,7 +104,8 @@ def publish(job: Run, *below: str) -> None:
     for name in _finished(job.out, *below):
         job.store.push(name)
     for name in _TABLES:
-        if (job.out / name).is_file():
+        elsewhere = job.executor.spreads and name == _CACHES[1]  # the node that measures writes them; here they are old
+        if (job.out / name).is_file() and not elsewhere:
             job.store.push_file(name)
 
 

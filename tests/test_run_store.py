@@ -16,6 +16,10 @@ from clikit import Capture
 from datakit import chat_rows, pair_rows, write_jsonl
 
 from paft.cli import invoke
+from paft.executor import Executor
+from paft.recipe import RunRecipe
+from paft.runjob import Run
+from paft.runstore import publish, staged
 from paft.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,3 +111,19 @@ def test_a_machine_that_is_lost_has_left_its_last_checkpoint(tiny_base: Path, tm
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stderr and done.stderr.count("kept") == 2
     assert "adapters/both" in Store(url).names() and partial not in Store(url).names()
+
+
+def test_every_score_is_behind_the_url_when_a_node_has_ended(tmp_path: Path) -> None:
+    """Also those since the last look; and the driver's older copy does not replace them."""
+    store = Store(f"file://{tmp_path}/bucket")
+    job = Run(RunRecipe.model_construct(), store.here, store=store, executor=Executor("ray"))
+
+    def measure(there: Run, name: str) -> str:
+        there.out.mkdir(parents=True, exist_ok=True)
+        (there.out / "scores.json").write_text("{}")
+        return name
+
+    assert staged(job, measure, makes="")("evaluate") == "evaluate"
+    (store.here / "scores.json").write_text("older")
+    publish(job)
+    assert (tmp_path / "bucket" / "scores.json").read_text() == "{}"

@@ -23,11 +23,10 @@ from types import MappingProxyType
 from typing import Any
 
 from paft.errors import MismatchError, PaftError, UsageError
-from paft.store.bucket import Bucket, is_url
-from paft.store.cache import digest_of, held, home, keep, lay
+from paft.store.bucket import Bucket, is_inside, is_url
+from paft.store.cache import WEIGHTS, digest_of, held, home, keep, lay
 
 LIST = ".paft-files.json"
-_WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Store:
         directory = self.here / name
         if directory.is_dir() and (not weights or _same(directory, listed)):
             return True
-        wanted = {each: digest for each, digest in listed.items() if weights or not each.endswith(_WEIGHTS)}
+        wanted = {each: digest for each, digest in listed.items() if weights or not each.endswith(WEIGHTS)}
         room = directory.with_name(f".{directory.name}.pulled-{os.getpid()}")
         shutil.rmtree(room, ignore_errors=True)
         try:
@@ -130,7 +129,7 @@ class Store:
             return None
         try:
             found: Any = json.loads(inside.read(LIST))["files"]
-            if all(_inside(each) and re.fullmatch("[0-9a-f]{64}", digest) for each, digest in found.items()):
+            if all(is_inside(each) and re.fullmatch("[0-9a-f]{64}", digest) for each, digest in found.items()):
                 return found
         except (ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -177,10 +176,6 @@ def _admit(store: Store, name: str, *, overwrite: bool, resume: bool, dry_run: b
             store.pull(name)
     if not resume and not dry_run:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _inside(name: str) -> bool:
-    return not name.startswith("/") and ".." not in name.split("/") and "\\" not in name and "\0" not in name
 
 
 def _files(directory: Path) -> Iterator[Path]:

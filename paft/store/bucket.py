@@ -145,7 +145,12 @@ def _key(info: dict[str, Any]) -> str:
     return f"{info['size']}-{known[0] if known else ''}"
 
 
+def is_inside(name: str) -> bool:
+    """Does a name lead to a place below, and nowhere else?"""
+    return not (name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name)
+
+
 def _safe(url: str, name: str) -> str:
-    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name or "\0" in name:
+    if not is_inside(name):
         raise MismatchError(f"{url} holds a file whose name leads elsewhere: {name[:80]!r}")
     return name

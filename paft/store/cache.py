@@ -24,7 +24,7 @@ from paft.store.bucket import Blob, Bucket
 from paft.target import no_room
 
 WHERE = ".weights.json"  # beside what was fetched: where the weights of it are
-_WEIGHTS = ".safetensors"
+WEIGHTS = ".safetensors"
 
 
 def home() -> Path:
@@ -43,7 +43,7 @@ def held(bucket: Bucket, name: str, *, sha256: str | None = None, blob: Blob | N
 
     Raises MismatchError where what comes is not what it should be.
     """
-    place = home() / "objects" / sha256[:2] / sha256 if sha256 else object_of(bucket, name, blob)
+    place = _object(sha256) if sha256 else object_of(bucket, name, blob)
     if not place.is_file():
         with _scratch(place) as scratch:
             bucket.get(name, scratch)
@@ -58,12 +58,16 @@ def held(bucket: Bucket, name: str, *, sha256: str | None = None, blob: Blob | N
 def object_of(bucket: Bucket, name: str, blob: Blob | None) -> Path:
     """The place here of a file whose hash is not known."""
     key = hashlib.sha256(f"{bucket.url}/{name}\0{blob and blob.key}".encode()).hexdigest()
+    return _object(key)
+
+
+def _object(key: str) -> Path:
     return home() / "objects" / key[:2] / key
 
 
 def keep(file: Path, sha256: str) -> None:
     """Remember a file of this machine, so that it is never fetched: a link, where the disk can."""
-    place = home() / "objects" / sha256[:2] / sha256
+    place = _object(sha256)
     if not place.is_file():
         with _scratch(place) as scratch:
             lay(file, scratch)
@@ -73,7 +77,7 @@ def keep(file: Path, sha256: str) -> None:
 def lay(source: Path, target: Path) -> None:
     """``source`` as ``target``; tensors are linked, not copied, where both are on one disk: nothing writes into their files."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.stat().st_size > 1 << 20 and target.name.endswith(".safetensors"):
+    if source.stat().st_size > 1 << 20 and target.name.endswith(WEIGHTS):
         try:
             os.link(source, target)
             return
@@ -99,9 +103,9 @@ def fetched(url: str, patterns: Sequence[str] = ("*",), *, weights: bool = True)
         room = Path(tempfile.mkdtemp(dir=place.parent))
         try:
             for name, blob in found.items():
-                if weights or not name.endswith(_WEIGHTS):
+                if weights or not name.endswith(WEIGHTS):
                     lay(held(bucket, name, blob=blob), room / name)
-            where = {name: [blob.size, blob.key] for name, blob in found.items() if name.endswith(_WEIGHTS)}
+            where = {name: [blob.size, blob.key] for name, blob in found.items() if name.endswith(WEIGHTS)}
             (place.parent / WHERE).write_text(json.dumps({"url": bucket.url, "files": where}), encoding="utf-8")
             os.replace(room, place)
         except OSError as error:
