@@ -10,21 +10,18 @@ checkpoint; the training that stands there under its name is the later one.
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from paft.errors import MismatchError, PaftError
+from paft.errors import MismatchError
 from paft.provenance import MANIFEST, check_target
 from paft.runjob import Run
-from paft.store import Store
+from paft.store import Store, following
 from paft.train.work import newest, place
 
-BEAT = 5.0  # seconds between two looks for a new checkpoint
 ADAPTERS, MERGES, CONTROLS = "adapters", "merges", "rescaled"
 _CACHES = ("merges.json", "scores.json")
 _TABLES = (MANIFEST, "report.json", "report.md", "tradeoff.png", "sparsity.png", *_CACHES)
@@ -59,7 +56,7 @@ def _at(job: Run, work: Callable[[Run, str], Any], reads: tuple[str, ...], makes
     _pull(store, *reads)
     if not makes:
         store.pull_file(_CACHES[1])
-        with _following(partial(_send_scores, store)):
+        with following(partial(_send_scores, store)):
             found = work(job, name)
         _send_scores(store, None)  # the last of them, which no look has seen
         return found
@@ -67,7 +64,7 @@ def _at(job: Run, work: Callable[[Run, str], Any], reads: tuple[str, ...], makes
     unfinished = _name(job, place(out))
     if not place(out).is_dir():
         store.pull(unfinished)
-    with _following(partial(_send_checkpoint, store, place(out), unfinished)):
+    with following(partial(_send_checkpoint, store, place(out), unfinished)):
         found = work(job, name)
     there = store.names()
     for each in _finished(job.out, makes):  # beside its own the trainings that estimated its optima
@@ -123,26 +120,6 @@ def _finished(out: Path, *below: str) -> list[str]:
 
 def _name(job: Run, path: Path) -> str:
     return path.relative_to(job.out).as_posix()
-
-
-@contextmanager
-def _following(send: Callable[[Any], Any]) -> Iterator[None]:
-    """Call ``send(what the last call returned)`` now and then; the service may rest for a while."""
-    stop = threading.Event()
-
-    def follow() -> None:
-        last = None
-        while not stop.wait(BEAT):
-            with suppress(PaftError, OSError):
-                last = send(last)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _send_checkpoint(store: Store, directory: Path, name: str, last: Path | None) -> Path | None:

@@ -57,6 +57,11 @@ def test_a_run_behind_a_url_is_one_on_a_disk_and_goes_on_anywhere(tiny_base: Pat
     rows = [json.loads((place / "report.json").read_text())["rows"] for place in (tmp_path / "disk", bucket)]
     assert rows[0] == rows[1] and (bucket / "tradeoff.png").is_file()
     assert invoke(["verify", f"file://{bucket}"]) == 0
+    assert invoke(["search", str(tmp_path / "disk"), "--trials", "3", "-q"]) == 0
+    assert invoke(["search", f"file://{bucket}", "--trials", "3", "-q"]) == 0
+    found = [place.with_name(f"{place.name}-search") / "front.json" for place in (tmp_path / "disk", bucket)]
+    fronts = [json.loads(file.read_text()) for file in found]
+    assert fronts[0]["front"] == fronts[1]["front"] and fronts[1]["study"] == f"file://{bucket}-search.journal"
     written = {file: file.stat().st_mtime_ns for file in bucket.rglob("*") if file.parent.name in ("sft", "dpo", "both", "ties")}
     monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "two"))
     capsys.readouterr()

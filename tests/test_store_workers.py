@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from clikit import Capture, assert_one_error
 from conftest import AdapterFactory
+from datakit import chat_rows, pair_rows, write_jsonl
 from storekit import FULL, files_of, manifest, save_sharded
 
 from paft.cli import invoke
@@ -85,6 +86,22 @@ def test_workers_without_a_shared_disk(inputs: list[Path], sharded: Path, tmp_pa
     assert_one_error(capsys, invoke([*again, "--resume"]), 2, "is made at once")
     assert_one_error(capsys, invoke([*line_of(inputs, sharded, "--executor", "ray", "--overwrite", "-o"), sharded.as_uri()]), 3,
                      "holds an input")
+
+
+def test_a_search_by_workers_without_a_shared_disk(inputs: list[Path], sharded: Path, tmp_path: Path, workers: Path,
+                                                   capsys: Capture) -> None:
+    """They write the study on the driver's machine; it goes behind the URL with its front."""
+    held = [write_jsonl(tmp_path / "sft.jsonl", chat_rows(8)), write_jsonl(tmp_path / "pref.jsonl", pair_rows(8))]
+    line = ["search", inputs[0].as_uri(), inputs[1].as_uri(), "--base", sharded.as_uri(), "-q", "--json",
+            "--sft-data", str(held[0]), "--pref-data", str(held[1]), "-o", f"file://{tmp_path}/bucket/found"]
+    assert invoke([*line, "--trials", "5", "--executor", "ray", "--workers", "2"]) == 0, capsys.readouterr().err
+    report = json.loads(capsys.readouterr().out)
+    assert 5 <= report["trials"] <= 6  # a worker that has begun one ends it
+    assert {file.name for file in (tmp_path / "bucket" / "logs").iterdir()} == {"found-1.log", "found-2.log"}
+    assert not list(workers.rglob("*.journal"))
+    assert invoke([*line, "--trials", str(report["trials"]), "--resume"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["all"], again["front"]) == (report["all"], report["front"])
 
 
 def killed_while_sending(mark: Path, job: Any, out: Any, file: str) -> Any:

@@ -9,14 +9,14 @@ import click
 
 from paft.cli import options
 from paft.errors import UsageError
-from paft.store import Store
+from paft.store import Store, is_url
 
 
 @click.command()
 @click.argument("given", nargs=-1, required=True, metavar="RUN|ADAPTER...")
 @click.option("--trials", metavar="N", type=click.IntRange(1), default=100, show_default=True,
               help="Finished trials of the study when it ends.")
-@click.option("--study", "study", metavar="FILE", type=click.Path(path_type=Path),
+@click.option("--study", "study", metavar="FILE",
               help="The study: .db, or .journal on a network disk  [default: OUT.db].")
 @options.out_option
 @click.option("--resume", is_flag=True, help="Continue the study, or join it from another process.")
@@ -58,8 +58,8 @@ def search(given: tuple[str, ...], **said: Any) -> None:
         --sft-data sft-heldout.jsonl --pref-data pref-heldout.jsonl
     paft search demo --resume        (continues, or joins from another shell)
     """
-    if isinstance(said["out"], Store):
-        raise UsageError("a study is a file that processes lock, and a URL has no locks", hint="choose -o DIR on a disk")
+    if said["study"] and is_url(said["study"]):
+        raise UsageError("a study is a file on a disk", hint="-o URL keeps the study beside the URL")
     names = _listed(said["methods"])
     ranges, executor = dict(_range(item) for item in said["ranges"]), options.executor_of(said)
     if said["workers"] and not executor.spreads:
@@ -81,8 +81,8 @@ def search(given: tuple[str, ...], **said: Any) -> None:
     else:
         held = {key: said[key] for key in ("sft_test", "pref_test", "beta")}
         plan = plan_adapters(given, said["base"], said["sft_data"], said["pref_data"], **held, **common)
-    out = said["out"] or (run[1].with_name(f"{run[1].name}-search") if run else Path("merges/search"))
-    study = said["study"] or _study_file(out, shared=executor.spreads)
+    out = said["out"] or (_near(run[1]) if run else Path("merges/search"))
+    study = Path(said["study"]) if said["study"] else None
     settings = {key: said[key] for key in ("trials", "groups", "seed", "resume", "overwrite", "quiet", "workers")}
     report = find(plan, out, study, methods=names, ranges=ranges, executor=executor, **settings)
     if said["as_json"]:
@@ -91,10 +91,10 @@ def search(given: tuple[str, ...], **said: Any) -> None:
     _print(report)
 
 
-def _study_file(out: Path, *, shared: bool) -> Path:
-    """The study beside ``out``: the one that is there, else SQLite, or on a shared disk the journal."""
-    files = [out.with_name(out.name + suffix) for suffix in (".db", ".journal")]
-    return next((file for file in files if file.exists()), files[shared])
+def _near(run: Path | Store) -> Path | Store:
+    """Where the search of a run goes by default."""
+    parent, name = run.apart() if isinstance(run, Store) else (run.parent, run.name)
+    return parent / f"{name}-search"
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -9,27 +9,30 @@ from paft import data
 from paft.catalog import catalog, find, kind_of
 from paft.errors import NotFoundError, UsageError
 from paft.evaluate import Held
-from paft.provenance import read_manifest
+from paft.provenance import MANIFEST, read_manifest
 from paft.recipe import RunRecipe, load, validate
 from paft.search.search import Plan
+from paft.store import Store, fetched, is_url
 
 Rows = list[data.Row]
 
 
-def run_of(name: str) -> tuple[RunRecipe, Path] | None:
-    """The run that ``name`` is, with its directory: a finished run's directory, or a recipe (then merges/NAME)."""
-    path = Path(name)
-    if path.is_dir():
-        manifest = read_manifest(path)
+def run_of(name: str) -> tuple[RunRecipe, Path | Store] | None:
+    """The run that ``name`` is, and where: a finished run's directory or URL, or a recipe (then merges/NAME)."""
+    path, place = Path(name), Store(name) if is_url(name) else Path(name)
+    if isinstance(place, Store) and not place.bucket.has(MANIFEST):
+        return None
+    if isinstance(place, Store) or path.is_dir():
+        manifest = read_manifest(fetched(name, [MANIFEST]) if isinstance(place, Store) else place)
         known = manifest is not None and manifest.get("recipe", {}).get("kind") == "run"
-        return (validate(RunRecipe, manifest["recipe"]), path) if manifest and known else None
+        return (validate(RunRecipe, manifest["recipe"]), place) if manifest and known else None
     if not (path.is_file() or name in catalog()) or kind_of(find(name)) != "run":
         return None
     recipe = load(RunRecipe, find(name))
     return recipe, Path("merges") / recipe.name
 
 
-def plan_run(recipe: RunRecipe, directory: Path, stages: Sequence[str] | None, *, rows: int | None = None,
+def plan_run(recipe: RunRecipe, place: Path | Store, stages: Sequence[str] | None, *, rows: int | None = None,
              batch_size: int | None = None, dtype: str = "float32") -> Plan:
     """Adapters of a run (``stages``; by default the first SFT and the first DPO stage trained from the base) on its own splits.
 
@@ -40,12 +43,12 @@ def plan_run(recipe: RunRecipe, directory: Path, stages: Sequence[str] | None, *
     for name in chosen:
         if name not in recipe.train:
             raise UsageError(f"{recipe.name} trains no {name!r}", hint=f"it trains {', '.join(recipe.train)}")
-        if not (directory / "adapters" / name).is_dir():
-            raise NotFoundError(f"{directory / 'adapters' / name} is not there", hint=f"paft run {recipe.name} trains it")
+        if not _is_trained(place, name):
+            raise NotFoundError(f"{place / 'adapters' / name} is not there", hint=f"paft run {recipe.name} trains it")
     how = data.Reading(on_bad_row=recipe.on_bad_row, seed=recipe.seed)
     sft, pref = data.splits(recipe.data.sft, "sft", how=how), data.splits(recipe.data.pref, "pref", how=how)
     validation, test = (Held(sft[split], pref[split], []).head(rows) for split in ("validation", "test"))
-    return Plan(tuple(str(directory / "adapters" / name) for name in chosen), recipe.model, validation, test,
+    return Plan(tuple(str(place / "adapters" / name) for name in chosen), recipe.model, validation, test,
                 recipe.defaults.dpo.beta, batch_size or recipe.evaluate.batch_size, recipe.chat_template, dtype)
 
 
@@ -60,6 +63,8 @@ def plan_adapters(adapters: Sequence[str], base: str | None, sft: str | None, pr
     return Plan(tuple(adapters), base, validation, test, beta, batch_size or 16, None, dtype)
 
 
+def _is_trained(place: Path | Store, name: str) -> bool:
+    return f"adapters/{name}" in place.names() if isinstance(place, Store) else (place / "adapters" / name).is_dir()
 
 
 def _halves(source: str, test: str | None, role: data.Role) -> tuple[Rows, Rows]:

@@ -24,14 +24,16 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from paft.errors import MismatchError, UsageError
+from paft.errors import MismatchError, PaftError, UsageError
 from paft.progress import Progress
 
 NAME = "paft search"
 DIRECTIONS = ("minimize", "minimize")
 SUFFIXES = (".db", ".journal")
+ANOTHER = "name another --study FILE, or another -o URL"
 
 
 class Seeded(BaseSampler):
@@ -67,37 +69,42 @@ class Seeded(BaseSampler):
         self._tpe.after_trial(study, trial, state, values)
 
 
-def open_study(file: Path, sampler: BaseSampler, about: Mapping[str, Any], *, resume: bool) -> Any:
-    """The study in ``file`` (SQLite ``.db``, or ``.journal``, which also works over NFS), made where there is none.
+def open_study(place: Path | BaseJournalBackend, sampler: BaseSampler, about: Mapping[str, Any], *, resume: bool,
+               name: str = "") -> Any:
+    """The study in a file (SQLite ``.db``, or ``.journal``, which also works over NFS) or a journal, made where there is none.
 
-    ``about`` says what is searched. Raises UsageError for another suffix, MismatchError where the file is there and not
-    ``resume``, is no study, or is one about something else.
+    ``about`` says what is searched, ``name`` what an error calls the place. Raises UsageError for another suffix, MismatchError
+    where the file is there and not ``resume``, is no study, or is one about something else.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if file.suffix not in SUFFIXES:
-        raise UsageError(f"{file} is no study's name", hint="end it in .db (SQLite), or in .journal (for a network disk)")
-    if file.exists() and not resume:
-        raise MismatchError(f"{file} exists", hint="--resume continues or joins it; or name another --study FILE")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    name = name or str(place)
+    if isinstance(place, Path):
+        if place.suffix not in SUFFIXES:
+            raise UsageError(f"{name} is no study's name", hint="end it in .db (SQLite), or in .journal (for a network disk)")
+        if place.exists() and not resume:
+            raise MismatchError(f"{name} exists", hint="--resume continues or joins it; or name another --study FILE")
+        place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        study = _opened(file, sampler)
+        study = _opened(place, sampler)
         known = study.user_attrs.get("about")
+    except PaftError:
+        raise
     except Exception as error:  # SQLAlchemy's, alembic's, json's: whatever another program's file causes
-        raise MismatchError(f"{file} is no study of paft: {type(error).__name__}", hint="name another --study FILE") from error
+        raise MismatchError(f"{name} is no study of paft: {type(error).__name__}", hint=ANOTHER) from error
     told = json.loads(json.dumps(about))
     if known is None:
         study.set_user_attr("about", told)
     elif known != told:
         other = ", ".join(key for key in told if known.get(key) != told[key])
-        raise MismatchError(f"{file} is a study with another {other}", hint="name another --study FILE")
+        raise MismatchError(f"{name} is a study with another {other}", hint=ANOTHER)
     return study
 
 
-def _opened(file: Path, sampler: Any) -> Any:
+def _opened(place: Path | BaseJournalBackend, sampler: Any) -> Any:
     """The study; two processes that make its tables at once get in each other's way, and the later one tries again."""
     for wait in (0.2, 0.5, 1.0, 2.0, None):
         try:
-            return optuna.create_study(storage=_storage(file), sampler=sampler, study_name=NAME, directions=list(DIRECTIONS),
+            return optuna.create_study(storage=_storage(place), sampler=sampler, study_name=NAME, directions=list(DIRECTIONS),
                                        load_if_exists=True)
         except Exception as error:
             if wait is None or type(error).__name__ not in ("OperationalError", "IntegrityError"):
@@ -106,13 +113,11 @@ def _opened(file: Path, sampler: Any) -> Any:
     raise AssertionError
 
 
-def _storage(file: Path) -> Any:
-    if file.suffix == ".db":
+def _storage(place: Path | BaseJournalBackend) -> Any:
+    if isinstance(place, Path) and place.suffix == ".db":
         # Several processes write in turn; SQLite's own patience of 5 s is short for a slow disk.
-        return optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}})
-    from optuna.storages.journal import JournalFileBackend
-
-    return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+        return optuna.storages.RDBStorage(f"sqlite:///{place}", engine_kwargs={"connect_args": {"timeout": 60}})
+    return optuna.storages.JournalStorage(JournalFileBackend(str(place)) if isinstance(place, Path) else place)
 
 
 def complete(study: Any) -> list[FrozenTrial]:

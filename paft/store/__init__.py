@@ -4,6 +4,7 @@
     fetched     a model, adapter or data file behind a URL as a path here; what is here is not fetched again  (`cache`)
     Ranged      weights that stay behind their URL, read by ranges                                        (`ranged`)
     Store       finished artefacts under a URL and under a directory of this machine, moved either way    (`artefacts`)
+    following   what grows here, sent behind a URL while it grows                                         (`follow`)
 """
 
 from paft.store.artefacts import Store as Store
@@ -12,6 +13,7 @@ from paft.store.artefacts import places as places
 from paft.store.bucket import Bucket as Bucket
 from paft.store.bucket import is_url as is_url
 from paft.store.cache import fetched as fetched
+from paft.store.follow import following as following
 from paft.store.ranged import KEPT as KEPT
 from paft.store.ranged import Ranged as Ranged
 from paft.store.ranged import WeightFile as WeightFile
