@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from clikit import Capture
 from conftest import AdapterFactory
 
 from paft.cli import invoke
 from paft.merge import shards as shards_of_merge
 from paft.merge import writer
+from paft.merge.shards import Shards
+from paft.merge.tally import Tally
 from paft.verify import verify_tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +88,21 @@ def test_a_resumed_merge_writes_the_rest_and_is_the_same(name: str, command: lis
     for key in ("adapters", "sign_conflicts", "merged_norm", "rounding", "tensors"):
         assert again[key] == whole[key], key
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_the_record_grows_with_the_tensors_and_not_with_their_rows(tmp_path: Path) -> None:
+    """With a number a row it was megabytes, written anew after each file: a merge of 8B took twice as long."""
+    delta, sizes = torch.ones(1, 1), []
+    for rows in (10, 10_000):
+        tally = Tally(["one"])
+        for _ in range(rows):
+            tally.rounded(delta, delta)
+        tally.close()
+        assert tally.report()["merged_norm"] == pytest.approx(rows**0.5)
+        shards = Shards(tmp_path / "shards.json", "key", {"w": tally})
+        shards.finish("file", {}, {"w": ("BF16", (rows, 1), "0" * 64)})
+        sizes.append(shards.file.stat().st_size)
+    assert sizes[1] < 1.2 * sizes[0] < 2000
 
 
 @pytest.mark.parametrize("spoil", ["recipe", "byte", "base", "record", "no resume"])

@@ -43,6 +43,7 @@ def merged_tiles(entry: Entry, tensors: Sequence[Tiled], plan: Plan, read: Read,
         if out is None:
             raise _not_finite(entry, dtype, start, stop)
         yield out.cpu()
+    tally.close()
 
 
 def _not_finite(entry: Entry, dtype: torch.dtype, start: int, stop: int) -> MismatchError:
