@@ -75,7 +75,7 @@ def measured() -> dict[str, float]:
     paft = next(row for row in merge["rows"] if row["tool"] == "paft")
     size = MODELS[0].adapted
     found = {"merge": paft["wall_s"] * merge["cores"] / size, "rss": paft["rss_bytes"]}
-    return found | {row["command"]: row["wall_s"] / size for row in report["rows"] if "--fast" not in row["command"]}
+    return found | {row["command"]: row["cpu_s"] / size for row in report["rows"] if "--fast" not in row["command"]}
 
 
 def training(model: Model, reference: bool) -> list[str]:

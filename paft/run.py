@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from paft.runjob import Run, base_size
 from paft.runmerge import merge_all
 from paft.runplan import check, stage_recipe, tasks_of
 from paft.runstore import ADAPTERS, MERGES, check_free, clear, fetch, publish, staged
-from paft.store import Store
+from paft.store import Store, sole
 from paft.tasks import Harness
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.stage import start_model, train
@@ -66,8 +67,10 @@ def run(recipe: RunRecipe, out: Path | Store, *, overwrite: bool = False, resume
     started = time.monotonic()
     job.read()
     check_disk(out, sum(base_size(recipe) for name in recipe.merge if not job.merged(name).exists()))
-    with provenance.claim(Path(os.path.realpath(out))), provenance.set_aside(out, aside=overwrite and not resume and not store):
+    with (provenance.claim(Path(os.path.realpath(out))), sole(store.bucket, quiet=quiet) if store else nullcontext(),
+          provenance.set_aside(out, aside=overwrite and not resume and not store)):
         if store and not resume:
+            check_free(store, overwrite=overwrite)  # it may have been made since
             clear(store)
         return _execute(job, harness, started)
 

@@ -19,7 +19,7 @@ from typing import Any
 from paft.errors import MismatchError
 from paft.provenance import MANIFEST, check_target
 from paft.runjob import Run
-from paft.store import Store, following
+from paft.store import NOTE, Store, following
 from paft.train.work import newest, place
 
 ADAPTERS, MERGES, CONTROLS = "adapters", "merges", "rescaled"
@@ -31,13 +31,13 @@ def check_free(target: Path | Store, *, overwrite: bool) -> None:
     """MismatchError for a target where something is that is not to be replaced."""
     if isinstance(target, Path):
         check_target(target, overwrite=overwrite, in_place=True)
-    elif not overwrite and target.bucket.files():
+    elif not overwrite and target.stands():
         raise MismatchError(f"{target} is not empty", hint="choose another -o URL, or pass --resume or --overwrite")
 
 
 def clear(store: Store) -> None:
     """Nothing of an earlier run stays, there or here; an object store has no place to put it aside."""
-    store.bucket.remove("")
+    store.bucket.clear(NOTE)
     shutil.rmtree(store.here, ignore_errors=True)
 
 

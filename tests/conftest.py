@@ -130,3 +130,21 @@ def make_adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterFactory:
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base in four files or more."""
+    from storekit import save_sharded
+
+    return save_sharded(tiny_base, tmp_path_factory.mktemp("sharded") / "base")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What is fetched from URLs lies here, and nothing of an earlier test."""
+    from paft.store import ranged
+
+    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    ranged._block.cache_clear()

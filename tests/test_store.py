@@ -16,11 +16,7 @@ from paft.store import Bucket, Store, fetched, is_url
 from paft.store.artefacts import LIST
 from paft.store.cache import home
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(params=["file", "memory", *filter(None, [os.environ.get("PAFT_TEST_URL")])])

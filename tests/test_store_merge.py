@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import fsspec
 import pytest
 from clikit import Capture
 from conftest import AdapterFactory
-from storekit import FULL, Reads, files_of, manifest, save_sharded, watch
+from storekit import FULL, Reads, files_of, manifest, watch
 
 from paft.adapter import label
 from paft.checkpoint import Checkpoint
@@ -25,20 +24,10 @@ from paft.merge.inputs import open_inputs
 from paft.merge.job import Job
 from paft.merge.settings import Settings, native
 from paft.provenance import content_hash
-from paft.store import fetched, ranged, weight_files
+from paft.store import fetched, weight_files
 from paft.store.artefacts import LIST
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "cache"))
-    yield tmp_path / "cache"
-    ranged._block.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def sharded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sharded(tiny_base, tmp_path_factory.mktemp("sharded") / "base")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

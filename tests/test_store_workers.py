@@ -14,15 +14,17 @@ import pytest
 from clikit import Capture, assert_one_error
 from conftest import AdapterFactory
 from datakit import chat_rows, pair_rows, write_jsonl
-from storekit import FULL, files_of, manifest, save_sharded
+from storekit import FULL, files_of, manifest
 
 from paft.cli import invoke
+from paft.errors import ResourceError
 from paft.merge import spread
 from paft.merge.engine import merge
 from paft.store import Bucket
 from paft.store.artefacts import LIST
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.usefixtures("cache")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -45,17 +47,6 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield cache
     ray.shutdown()
     os.chdir(here)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def sharded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sharded(tiny_base, tmp_path_factory.mktemp("sharded") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +74,8 @@ def test_workers_without_a_shared_disk(inputs: list[Path], sharded: Path, tmp_pa
     capsys.readouterr()
     again = [*line, "-o", there.as_uri(), "--executor", "ray"]
     assert_one_error(capsys, invoke(again), 3, "out is not empty")
-    assert_one_error(capsys, invoke([*again, "--resume"]), 2, "is made at once")
+    assert invoke([*again, "--resume"]) == 0 and "tensors merged" in capsys.readouterr().out  # it is finished
+    assert_one_error(capsys, invoke([*again, "--resume", "--seed", "3"]), 3, "and not from this: its seed differs")
     assert_one_error(capsys, invoke([*line_of(inputs, sharded, "--executor", "ray", "--overwrite", "-o"), sharded.as_uri()]), 3,
                      "holds an input")
 
@@ -117,6 +109,43 @@ def killed_while_sending(mark: Path, job: Any, out: Any, file: str) -> Any:
     (mark.parent / "seen").write_text(" ".join(out.bucket.files()))
     Bucket.put = put
     return spread._write(job, out, file)
+
+
+def stopped(log: Path, last: int, job: Any, out: Any, file: str) -> Any:
+    """`spread._write`, told in ``log``; after ``last`` files the disk is full."""
+    with log.open("a") as stream:
+        stream.write(f"{file}\n")
+    if len(log.read_text().split()) > last:
+        raise ResourceError("disk full")
+    return spread._write(job, out, file)
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "file", "seed"])
+def test_a_merge_behind_a_url_goes_on_by_the_file(spoil: str, inputs: list[Path], sharded: Path, tmp_path: Path, capsys: Capture,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
+    there, log = tmp_path / "bucket" / "out", tmp_path / "log"
+    line = line_of(inputs, sharded, "--method", "dare_ties", "-p", "density=0.5", "--no-check", "--executor", "ray", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(spread, "_write", partial(stopped, log, 2))
+        assert_one_error(capsys, invoke([*line, "-o", there.as_uri()]), 5, "disk full")
+    first = log.read_text().split()[:2]
+    assert {file.name for file in there.iterdir()} == {*first, ".work"}
+    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "another"))
+    if spoil == "file":
+        (there / first[0]).write_bytes((there / first[0]).read_bytes()[:-1])
+    (there / "model-00099-of-00099.safetensors").write_bytes(b"of another base")
+    again = [*line, *(["--seed", "7"] if spoil == "seed" else [])]
+    log.unlink()
+    monkeypatch.setattr(spread, "_write", partial(stopped, log, 100))
+    assert invoke([*again, "-o", there.as_uri()]) == 0, capsys.readouterr().err
+    assert set(first) & set(log.read_text().split()) == {"nothing": set(), "file": {first[0]}, "seed": set(first)}[spoil]
+    monkeypatch.undo()
+    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "another"))
+    here = tmp_path / "here"
+    assert invoke([*again, "-o", str(here)]) == 0 and files_of(there) == files_of(here) and manifest(there) == manifest(here)
+    assert "model-00099-of-00099.safetensors" not in json.loads((there / LIST).read_text())["files"]
 
 
 def fails(job: Any, out: Any, file: str) -> Any:

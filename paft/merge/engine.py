@@ -37,7 +37,7 @@ from paft.merge.writer import Read
 from paft.models import free_cores
 from paft.progress import say
 from paft.provenance import Tensors, check_target, content_hash, output_dir, tidy, write_manifest
-from paft.store import Store, is_url, making
+from paft.store import Store, fetched, is_url, making
 
 Progress = Callable[[int, int, str], None]
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
@@ -105,13 +105,11 @@ def _make(job: Job, out: Path | Store, progress: Progress | None, executor: Exec
         raise UsageError("only a whole model is resumed, file by file", hint="leave out --resume: the others take little time")
     whole, named = check if job.output_kind == "full" else False, {"out": str(out), "base": job.inputs.reference}
     if isinstance(out, Store) and executor.spreads:
-        if resume:
-            raise UsageError("what workers put behind a URL is made at once", hint="leave out --resume; --overwrite begins again")
-        return _make_there(job, There(out), progress, executor, overwrite, whole) | named
+        return _make_there(job, There(out), progress, executor, overwrite, whole, resume) | named
     if isinstance(out, Store):
         with making(out, overwrite=overwrite, resume=resume) as place:
             return _make(job, place, progress, executor, overwrite, check, resume) | named
-    if resume and not overwrite and (known := _known_already(job, out, executor.quiet)):
+    if resume and not overwrite and (known := _known_already(job, out, executor.quiet, str(out))):
         return {**known, "check": check_model(out, whole), **named}
     check_target(out, overwrite=overwrite)
     fits(job, out)
@@ -124,10 +122,15 @@ def _make(job: Job, out: Path | Store, progress: Progress | None, executor: Exec
 
 
 def _make_there(job: Job, there: There, progress: Progress | None, executor: Executor, overwrite: bool,
-                check: bool | None) -> dict[str, Any]:
+                check: bool | None, resume: bool) -> dict[str, Any]:
+    name = str(there.store)
+    if resume and not overwrite and there.is_whole():
+        known = _known_already(job, fetched(name, weights=False), executor.quiet, name)
+        if known:
+            return {**known, "check": None}
     fits(job, there.store)
     executor.join()
-    with there.making(overwrite=overwrite) as scratch:
+    with there.making(overwrite=overwrite, resume=resume, quiet=executor.quiet) as scratch:
         job = job.with_trims(counting(job, there.room, executor))
         report = _write(job, scratch, _Steps(progress, len(job.inputs.base.entries)), executor, there)
         report["check"] = there.check(scratch, report["bytes"]["written"], check)
@@ -140,17 +143,17 @@ def _free(out: Path | str | Store, *, overwrite: bool) -> Path | Store:
         out = Store(out)
     if not isinstance(out, Store):
         check_target(out := Path(out), overwrite=overwrite)
-    elif out.apart() and not overwrite and out.bucket.files():
+    elif out.apart() and not overwrite and out.stands():
         raise MismatchError(f"{out} is not empty", hint="choose another -o URL, or pass --overwrite")
     return out
 
 
-def _known_already(job: Job, out: Path, quiet: bool) -> dict[str, Any] | None:
+def _known_already(job: Job, out: Path, quiet: bool, name: str) -> dict[str, Any] | None:
     opened = job.inputs
     found = finished(out, job.recipe(), opened.described(), lambda: opened.base_hash or content_hash(opened.base.path))
     if found:
         tidy(out)
-        say(f"{out} is finished already", quiet=quiet)
+        say(f"{name} is finished already", quiet=quiet)
     return found
 
 
@@ -190,7 +193,7 @@ def _write_full(job: Job, scratch: Path, steps: _Steps, executor: Executor,
         return job.merged(entry, read, tallies[entry.name]) if entry.name in job.touched else None
 
     key = key_of(job.recipe(), job.inputs.described(), job.inputs.base)
-    shards = Shards.open(scratch, key, tallies)
+    shards = Shards.open(scratch, key, tallies, there and there.standing())
     if executor.spreads:
         written = write_files(job, scratch, tallies, steps, shards, executor, there)
     else:

@@ -24,6 +24,7 @@ from paft.merge.tally import Tally
 from paft.provenance import Tensors, hash_tensors, read_manifest, recorded_base, to_json
 
 Hashes = dict[str, tuple[str, tuple[int, ...], str]]
+RECORD = "shards.json"
 _COUNTS = ("entries", "conflicts", "nonzero", "survived", "before", "after", "squares")
 
 
@@ -74,17 +75,20 @@ class Shards:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, out: Path, key: str, tallies: dict[str, Tally]) -> Shards:
-        """Read the record beside ``out``, restore the counts, and remove what is not finished or not of this merge."""
-        found = cls(out.parent / "shards.json", key, tallies)
+    def open(cls, out: Path, key: str, tallies: dict[str, Tally], stands: Callable[[str], bool] | None = None) -> Shards:
+        """Read the record beside ``out``, restore the counts, and remove what is not finished or not of this merge.
+
+        Files that are elsewhere ``stands`` knows; those in ``out`` are hashed.
+        """
+        found = cls(out.parent / RECORD, key, tallies)
         try:
             said = read_json(found.file)
             found.done = said["files"] if said["key"] == key else {}
             for path in list(out.iterdir()):
                 if path.name not in found.done:
                     path.unlink()
-            written = hash_tensors(out)
-            found.done = {name: part for name, part in found.done.items() if _whole(out / name, part["out"], written)}
+            whole = stands or _hashed(out, found.done)
+            found.done = {name: part for name, part in found.done.items() if whole(name)}
             for part in found.done.values():
                 for name, counts in part["tallies"].items():
                     vars(tallies[name]).update({count: counts[count] for count in _COUNTS})
@@ -109,6 +113,12 @@ class Shards:
             scratch = self.file.with_suffix(".new")
             scratch.write_text(to_json({"key": self.key, "files": self.done}), encoding="utf-8")
             scratch.rename(self.file)
+
+
+def _hashed(out: Path, done: Mapping[str, Mapping[str, Any]]) -> Callable[[str], bool]:
+    """Whether a file in ``out`` still has the tensors that were written."""
+    written = hash_tensors(out)
+    return lambda file: _whole(out / file, done[file]["out"], written)
 
 
 def _whole(file: Path, recorded: Mapping[str, Any], written: Tensors) -> bool:

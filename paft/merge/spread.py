@@ -9,15 +9,16 @@ worker leaves is in no model, and the next attempt begins the file again. The ra
 shared out by the driver, in one more pass.
 
 Where the output is behind a URL, no disk is shared: a worker writes its file on its own disk and puts it there; the driver puts
-the small files, and last the list of all, without which nothing is there (`There`).
+the record of those that are finished, the small files, and last the list of all, without which nothing is there (`There`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,52 +29,103 @@ import torch
 
 from paft.checkpoint import Checkpoint, Entry
 from paft.delta import Tiled
-from paft.errors import PaftError
+from paft.errors import MismatchError, PaftError, ResourceError
 from paft.executor import Ask, Executor
 from paft.merge.check import SMALL, check_model
 from paft.merge.estimate import working
 from paft.merge.global_trim import Count, Counts, histogram
 from paft.merge.job import Job
-from paft.merge.shards import Shards
+from paft.merge.shards import RECORD, Shards
 from paft.merge.tally import Tally
 from paft.merge.writer import Read, Written, write_tensors
 from paft.parallel import Done
-from paft.store import Store
+from paft.store import NOTE, Blob, Store, sole
+from paft.store.artefacts import LIST
 from paft.store.cache import digest_of
 from paft.target import claim
+
+_THERE = "there.json"
 
 
 @dataclass
 class There:
-    """A model behind a URL; ``files`` are the sha256 of those that workers have put there."""
+    """A model behind a URL; of each file that workers have put there its sha256, its size, and what the service says of it.
+
+        URL/.work/shards.json     which files are finished (`paft.merge.shards`)
+        URL/.work/there.json      what ``files`` holds
+        URL/.work/logs            of the workers
+    """
 
     store: Store
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, tuple[str, int, str]] = field(default_factory=dict)
 
     @property
     def room(self) -> Store:
-        """For logs, until it is whole."""
+        """What is there until the model is whole."""
         return self.store / ".work"
 
     @contextmanager
-    def making(self, *, overwrite: bool) -> Iterator[Path]:
-        """A directory of this machine for all but the weights, which goes behind the URL at the end; an error leaves nothing."""
-        if overwrite:
-            self._remove()
-        try:
-            with claim(self.store.here / "model") as room:
-                scratch = room / "model"
-                scratch.mkdir()
-                yield scratch
-                self.room.bucket.remove("")
-                parent, name = self.store.apart()
-                parent.push(name, scratch, self.files)
-        except BaseException:
-            with suppress(PaftError):
+    def making(self, *, overwrite: bool, resume: bool, quiet: bool = False) -> Iterator[Path]:
+        """A directory of this machine for all but the weights, which goes behind the URL at the end.
+
+        An error leaves nothing there; with ``resume`` an interrupt, and what may be over soon, leave the finished files.
+        """
+        with sole(self.store.bucket, quiet=quiet):
+            if overwrite:
                 self._remove()
-            raise
-        finally:
-            shutil.rmtree(self.store.here, ignore_errors=True)
+            elif not self._is_free(resume):
+                raise MismatchError(f"{self.store} is not empty", hint="choose another -o URL, or pass --overwrite")
+            try:
+                with claim(self.store.here / "model") as room:
+                    scratch = room / "model"
+                    scratch.mkdir()
+                    self._fetch(room)
+                    yield scratch
+                    self._finish(scratch)
+            except BaseException as error:
+                if not (resume and isinstance(error, KeyboardInterrupt | ResourceError)):
+                    with suppress(PaftError):
+                        self._remove()
+                raise
+            finally:
+                shutil.rmtree(self.store.here, ignore_errors=True)
+
+    def _is_free(self, resume: bool) -> bool:
+        return not self.store.stands() or (resume and self.room.bucket.has(RECORD))
+
+    def _fetch(self, room: Path) -> None:
+        """What an earlier driver has recorded."""
+        if self.room.bucket.has(RECORD) and self.room.bucket.has(_THERE):
+            self.room.bucket.get(RECORD, room / RECORD)
+            with suppress(ValueError, TypeError, AttributeError):
+                self.files = {name: (about[0], about[1], about[2])
+                              for name, about in json.loads(self.room.bucket.read(_THERE)).items()}
+
+    def is_whole(self) -> bool:
+        return self.store.bucket.has(LIST)
+
+    def standing(self) -> Callable[[str], bool]:
+        """Whether a file is still what a worker has put there; forgets those that are not."""
+        now = self.store.bucket.files()
+        self.files = {name: about for name, about in self.files.items() if name in now and now[name] == Blob(*about[1:])}
+        return self.files.__contains__
+
+    def keep(self, files: Collection[str]) -> None:
+        """Of what is there only these stay: the others are of a file that was begun, or of another merge."""
+        self.files = {name: about for name, about in self.files.items() if name in files}
+        self.store.bucket.clear(NOTE, self.room.apart()[1], *self.files)
+
+    def put(self, file: str, sha256: str, record: Path) -> None:
+        """A worker has put a file there."""
+        blob = self.store.bucket.files()[file]
+        self.files[file] = (sha256, blob.size, blob.key)
+        self.room.bucket.write(_THERE, json.dumps(self.files).encode())
+        self.room.bucket.put(record, RECORD)
+
+    def _finish(self, scratch: Path) -> None:
+        self.store.bucket.remove(self.room.apart()[1])
+        parent, name = self.store.apart()
+        parent.push(name, scratch, {file: about[0] for file, about in self.files.items()})
 
     def _remove(self) -> None:
         parent, name = self.store.apart()
@@ -125,16 +177,18 @@ def write_files(job: Job, out: Path, tallies: dict[str, Tally], progress: Callab
     """`writer.write_tensors` by workers, into ``out`` or ``there``; what ``shards`` has finished is taken as it is."""
     done, base = Written(), job.inputs.base
     left = [file.name for file in base.files if file.name not in shards.done]
+    if there:
+        there.keep(shards.done)
     for name in shards.done:
         done.take(*shards.of(name), progress)
 
     def finished(file: str, told: tuple[Written, dict[str, Tally], str | None]) -> None:
         written, counted, sha256 = told
-        if there and sha256:
-            there.files[file] = sha256
         for name, tally in counted.items():
             vars(tallies[name]).update(vars(tally))
         shards.finish(file, written.base, written.out)
+        if there and sha256:
+            there.put(file, sha256, shards.file)
         done.read += written.read
         done.written += written.written
         done.take(written.base, written.out, progress)

@@ -5,15 +5,19 @@
     Ranged      weights that stay behind their URL, read by ranges                                        (`ranged`)
     Store       finished artefacts under a URL and under a directory of this machine, moved either way    (`artefacts`)
     following   what grows here, sent behind a URL while it grows                                         (`follow`)
+    sole        one driver a URL                                                                          (`lease`)
 """
 
 from paft.store.artefacts import Store as Store
 from paft.store.artefacts import making as making
 from paft.store.artefacts import places as places
+from paft.store.bucket import Blob as Blob
 from paft.store.bucket import Bucket as Bucket
 from paft.store.bucket import is_url as is_url
 from paft.store.cache import fetched as fetched
 from paft.store.follow import following as following
+from paft.store.lease import NOTE as NOTE
+from paft.store.lease import sole as sole
 from paft.store.ranged import KEPT as KEPT
 from paft.store.ranged import Ranged as Ranged
 from paft.store.ranged import WeightFile as WeightFile

@@ -4,7 +4,7 @@
     URL/adapters/sft/.paft-files.json                              {name: sha256} of each, written last
 
 An artefact is there when its list is; before a file changes, the list goes. What is fetched is checked against it. Object stores
-have no locks: one driver may write a URL at a time.
+have no locks; one driver writes a URL at a time (`lease`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 from paft.errors import MismatchError, PaftError, UsageError
 from paft.store.bucket import Bucket, is_inside, is_url
 from paft.store.cache import WEIGHTS, digest_of, held, home, keep, lay
+from paft.store.lease import NOTE, sole
 
 LIST = ".paft-files.json"
 
@@ -53,6 +54,10 @@ class Store:
     def names(self) -> list[str]:
         """The artefacts that are there, whole."""
         return [name.removesuffix(f"/{LIST}") for name in self.bucket.files() if name.endswith(f"/{LIST}")]
+
+    def stands(self) -> bool:
+        """Is anything there, but for the note of a driver?"""
+        return bool(self.bucket.files().keys() - {NOTE})
 
     def apart(self) -> tuple[Store, str]:
         """The tree that this directory is an artefact of, and its name there; UsageError for a whole bucket."""
@@ -119,9 +124,11 @@ class Store:
         return True
 
     def remove(self, name: str) -> None:
-        """Take an artefact away behind the URL, its list first."""
-        self.bucket.inside(name).remove(LIST)
-        self.bucket.remove(name)
+        """Take an artefact away behind the URL, its list first; the note of its driver stays."""
+        inside = self.bucket.inside(name)
+        inside.remove(LIST)
+        inside.clear(NOTE)
+        inside.tidy()
 
     def _listed(self, name: str) -> dict[str, str] | None:
         inside = self.bucket.inside(name)
@@ -145,11 +152,16 @@ def making(out: Store, *, overwrite: bool, resume: bool, dry_run: bool = False, 
     """
     store, name = out.apart()
     place = store.here / name
-    if sends:
-        _admit(store, name, overwrite=overwrite, resume=resume, dry_run=dry_run)
-    yield place
-    if not sends or dry_run:
-        return
+    with sole(out.bucket) if sends and not dry_run else nullcontext():
+        if sends:
+            _admit(store, name, overwrite=overwrite, resume=resume, dry_run=dry_run)
+        yield place
+        if sends and not dry_run:
+            _send(store, name, out, overwrite)
+
+
+def _send(store: Store, name: str, out: Store, overwrite: bool) -> None:
+    place = store.here / name
     try:
         if overwrite or not out.bucket.has(LIST):  # of what is listed only the difference goes
             store.remove(name)
@@ -168,7 +180,7 @@ def places(url: str) -> Iterator[Path]:
 
 
 def _admit(store: Store, name: str, *, overwrite: bool, resume: bool, dry_run: bool) -> None:
-    place, files = store.here / name, store.bucket.inside(name).files()
+    place, files = store.here / name, store.bucket.inside(name).files().keys() - {NOTE}
     if files and not overwrite:
         if not resume or (LIST not in files and not place.is_dir()):
             raise MismatchError(f"{store}/{name} is not empty", hint="choose another -o URL, or pass --overwrite")

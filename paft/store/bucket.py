@@ -8,9 +8,10 @@ what those find: environment, profile, instance role.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -107,12 +108,24 @@ class Bucket:
             return fs.exists(f"{root}/{name}")
 
     def remove(self, name: str) -> None:
-        """A file, or all below a name, if it is there; "" is all."""
+        """A file, or all below a name, if it is there."""
         with self._told(name) as (fs, root):
-            path = f"{root}/{name}".rstrip("/")
+            path = f"{root}/{name}"
             fs.invalidate_cache()
             if fs.exists(path):
                 fs.rm(path, recursive=True)
+
+    def clear(self, *keep: str) -> None:
+        """Remove all below, but these files."""
+        for name in {each.split("/")[0] for each in self.files()} - set(keep):
+            self.remove(name)
+
+    def tidy(self) -> None:
+        """Remove the directory, where it is one of a disk and empty."""
+        fs, root = self._opened
+        if _is_disk(fs):
+            with suppress(OSError):
+                os.rmdir(root)
 
     @contextmanager
     def _told(self, name: str) -> Iterator[tuple[Any, str]]:
@@ -132,10 +145,14 @@ class Bucket:
 
 def _make_parent(fs: Any, path: str) -> None:
     """Only a disk has directories that must be made."""
+    if _is_disk(fs):
+        fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+
+
+def _is_disk(fs: Any) -> bool:
     from fsspec.implementations.local import LocalFileSystem
 
-    if isinstance(fs, LocalFileSystem):
-        fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+    return isinstance(fs, LocalFileSystem)
 
 
 def _key(info: dict[str, Any]) -> str:
