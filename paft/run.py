@@ -99,17 +99,26 @@ def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any
     return report
 
 
-def plan(recipe: RunRecipe, out: Path | Store, *, workers: int | None = None) -> dict[str, Any]:
+def plan(recipe: RunRecipe, out: Path | Store, *, workers: int | None = None, executor: Executor = LOCAL) -> dict[str, Any]:
     """What `run` would do: stages, rows, disk, and seconds and memory (`paft.runcosts`); nothing is written, no model is loaded.
 
-    ``seconds`` are those of the trainings that are not there yet, side by side as ``workers`` allow; a sequence takes longer.
+    ``seconds`` are those of the trainings that are not there yet, side by side as ``workers`` allow, or a cluster has room for;
+    a sequence takes longer. Of a run behind a URL what is finished comes into the cache. ResourceError as `run`.
     """
     check(recipe)
     harness = tasks_of(recipe)
-    here = out.here if isinstance(out, Store) else out
-    job = Run(recipe, here, quiet=True, workers=workers or _default_workers(recipe))
+    executor.join()
+    store, here = (out, out.here) if isinstance(out, Store) else (None, out)
+    room = executor.room_for(base_size(recipe)) if executor.spreads else _default_workers(recipe)
+    job = Run(recipe, here, quiet=True, workers=workers or room, executor=executor, store=store)
     job.read()
-    return foretell(job, harness) | {"out": str(out)}
+    fetch(job, weights=False)
+    found: dict[str, Any] = foretell(job, harness) | {"out": str(out), "executor": executor.name}
+    if executor.spreads:
+        asks = job.asks([stage["name"] for stage in found["train"] if not stage["done"]])
+        executor.check(asks)
+        found["asks"] = {name: vars(ask) for name, ask in asks.items()}
+    return found
 
 
 def _train_all(job: Run) -> None:
@@ -132,7 +141,7 @@ def _train_all(job: Run) -> None:
         for name, manifest in _train_together(job, [name for name, on in needs.items() if on is None]).items():
             del needs[name]
             done(name, manifest)
-    asks = {name: job.ask(job.recipe.train[name].resources) for name in needs}
+    job.executor.check(asks := job.asks(needs))
     job.executor.graph(needs, staged(job, _train_one, ADAPTERS, makes=ADAPTERS), workers=min(job.workers, max(1, len(needs))),
                        done=done, room=job.room, asks=asks)
 
@@ -141,7 +150,7 @@ def _evaluate(job: Run, harness: Harness | None) -> dict[str, Any]:
     """`evaluate_all`, where the executor puts it."""
     found: dict[str, dict[str, Any]] = {}
     work = staged(job, partial(_evaluate_there, harness), ADAPTERS, MERGES, makes="")
-    job.executor.graph({"evaluate": None}, work, workers=1, done=found.__setitem__, room=job.room, asks={"evaluate": job.ask()})
+    job.executor.graph({"evaluate": None}, work, workers=1, done=found.__setitem__, room=job.room, asks=job.asks())
     return found["evaluate"]
 
 

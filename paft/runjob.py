@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Run:
     def ask(self, said: Resources | None = None) -> Ask:
         """What a stage asks of its node: by default enough for the base, and what its ``resources`` say."""
         return replace(self.executor.ask(base_size(self.recipe)), **(said.model_dump(exclude_none=True) if said else {}))
+
+    def asks(self, trainings: Iterable[str] = ()) -> dict[str, Ask]:
+        """What these trainings ask for, and the evaluation, which is as a merge."""
+        return {name: self.ask(self.recipe.train[name].resources) for name in trainings} | {"evaluate": self.ask()}
 
     def there(self) -> Run:
         """The run as a stage elsewhere sees it: alone, with a log of its own to write to."""

@@ -74,15 +74,15 @@ def _at(job: Run, work: Callable[[Run, str], Any], reads: tuple[str, ...], makes
     return found
 
 
-def fetch(job: Run, *only: str) -> None:
-    """On the driver: what of the run is finished, as far as it is looked at here."""
+def fetch(job: Run, *only: str, weights: bool = True) -> None:
+    """On the driver: what of the run is finished, as far as it is looked at here; perhaps without the ``weights`` of merges."""
     if job.store is None:
         return
     for name in only:
         job.store.pull(name)
     if not only:
         _pull(job.store, ADAPTERS, CONTROLS)
-        _pull(job.store, MERGES, weights=not job.executor.spreads)
+        _pull(job.store, MERGES, weights=weights and not job.executor.spreads)
         for name in _CACHES:
             job.store.pull_file(name)
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -134,6 +138,22 @@ def test_a_cluster_that_is_not_there(capsys: Capture, tmp_path: Path) -> None:
     assert refused([*line[:-2], "--address", "auto"], capsys)[0] == 2
 
 
+def test_a_cluster_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    """Ray notes the last one of a machine, and waits for it whether or not it is there."""
+    room = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # the names of Ray's sockets are limited
+    env = {**os.environ, "RAY_TMPDIR": str(room)}
+    (room / "ray").mkdir()
+    (room / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    line = [sys.executable, "-m", "paft", "run", "demo", "--dry-run", "-o", str(tmp_path / "out"), "--executor", "ray"]
+    try:
+        auto = subprocess.run([*line, "--address", "auto"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert auto.returncode == 5 and auto.stderr.startswith("error: no Ray cluster answers at 127.0.0.1:1")
+        own = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert own.returncode == 0 and "ray: 1 node, " in own.stderr and "on the cluster: " in own.stdout
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
 def test_without_ray_one_line_says_what_to_install(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     code, said = refused(["run", "demo", "-o", str(tmp_path / "out"), "--executor", "ray"], capsys)
@@ -141,16 +161,6 @@ def test_without_ray_one_line_says_what_to_install(capsys: Capture, tmp_path: Pa
 
 
 # Merges
-
-
-@pytest.fixture(scope="module")
-def sharded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoModelForCausalLM
-
-    base = tmp_path_factory.mktemp("sharded") / "base"
-    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(base, max_shard_size="25KB")
-    assert len(list(base.glob("*.safetensors"))) >= 4
-    return base
 
 
 CASES = {**{name: [] for name in methods.names()}, "ties global": ["-p", "density=0.3", "-p", "scope=global"],
@@ -249,9 +259,36 @@ def test_a_run_on_ray_equals_a_local_one(tiny_base: Path, tmp_path: Path, capsys
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+def test_a_dry_run_asks_the_cluster(tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+    line = ["run", str(recipe_of(tmp_path, tiny_base, resources={"cpus": 2})), "-o", str(tmp_path / "out"), "--executor", "ray",
+            "--dry-run"]
+    assert invoke(line) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"on the cluster:  sft, both, evaluate: 1 CPU, [0-9.]+ MB; dpo: 2 CPUs, ", said)
+    assert "on nodes like this machine, 2 side by side" in said
+    assert not (tmp_path / "out").exists()
+    told = refused([*line, "--set", "train.both.resources.cpus=3"], capsys)
+    assert told[0] == 5 and "both needs 3 CPUs, and no node of the cluster has more than 2" in told[1]
+
+
+def test_what_the_last_stage_needs_is_asked_before_the_first(tiny_base: Path, tmp_path: Path, capsys: Capture,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    from paft.runjob import Run
+
+    real = Run.ask
+    monkeypatch.setattr(Run, "ask", lambda job, said=None: real(job, said) if said else Ask(cpus=5))
+    with_resources = {name: {"objective": name, "resources": {"cpus": 1}} for name in ("sft", "dpo")}
+    line = ["run", str(recipe_of(tmp_path, tiny_base)), "-q", "-o", str(tmp_path / "out"), "--executor", "ray",
+            "--set", f"train={json.dumps(with_resources)}"]
+    code, said = refused(line, capsys)
+    assert code == 5 and "evaluate needs 5 CPUs" in said and not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_a_stage_that_fails_ends_the_run_with_its_own_line(tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
     recipe = str(recipe_of(tmp_path, tiny_base, resources={"gpus": 1}))
-    code, said = refused(["run", recipe, "-o", str(tmp_path / "out"), "-q", "--executor", "ray"], capsys)
+    line = ["run", recipe, "-o", str(tmp_path / "out"), "-q", "--executor", "ray"]
+    assert refused([*line, "--dry-run"], capsys)[0] == 5 and not (tmp_path / "out").exists()
+    code, said = refused(line, capsys)
     assert code == 5 and "dpo needs 1 GPUs" in said
     line = ["run", recipe, "-o", str(tmp_path / "out"), "--resume", "-q", "--executor", "ray",
             "--set", "train.dpo.resources=null"]

@@ -98,7 +98,7 @@ def _recipe(name: str, given: dict[str, Any]) -> None:
     if given["dry_run"]:
         from paft.run import plan
 
-        plans = {seed: plan(recipe.model_copy(update={"seed": seed}), place, workers=given["workers"])
+        plans = {seed: plan(recipe.model_copy(update={"seed": seed}), place, workers=given["workers"], executor=executor)
                  for seed, place in places(recipe, given["out"], count).items()}
         lines = [f"would run {recipe.name} with {count} seeds into {given['out']}"]
         lines += [f"  seed {seed}: {sum(stage['done'] for stage in each['train'])} of {len(each['train'])} trainings kept, "

@@ -113,7 +113,8 @@ def hang(rows: Sequence[tuple[str, ...]], width: int = 79) -> list[str]:
     lines: list[str] = []
     for *cells, text in rows:
         lead = "".join(f"{cell:<{size}}  " for cell, size in zip(cells, widths, strict=True))
-        lines += textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead)) or [lead.rstrip()]
+        lines += textwrap.wrap(text, width, initial_indent=lead, subsequent_indent=" " * len(lead),
+                               break_on_hyphens=False) or [lead.rstrip()]
     return lines
 
 

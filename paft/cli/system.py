@@ -61,7 +61,7 @@ def run(recipe: str, sets: tuple[str, ...], out: Path | Store | None, overwrite:
     if dry_run:
         if not resume:
             check_free(target, overwrite=overwrite)
-        plan = pipeline.plan(resolved, target, workers=1 if share_base else workers)
+        plan = pipeline.plan(resolved, target, workers=1 if share_base else workers, executor=executor)
         options.show(plan, _plan_lines(plan), as_json=as_json)
         return
     say(f"paft run {resolved.name}: {len(resolved.train)} adapters, {len(resolved.merge)} merges, base {resolved.model}, "
@@ -103,12 +103,24 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     left = sum(not stage["done"] for stage in plan["train"])
     if left:
         side = f", {min(left, plan['workers'])} side by side" if min(left, plan["workers"]) > 1 else ""
-        lines.append(f"trainings: {options.duration(plan['seconds'])} on this machine{side}, "
+        where = "this machine" if plan["executor"] == "local" else "nodes like this machine"
+        lines.append(f"trainings: {options.duration(plan['seconds'])} on {where}{side}, "
                      f"{options.size(plan['memory_bytes'])} of memory")
+    if asks := plan.get("asks"):
+        alike: dict[str, list[str]] = {}
+        for name, ask in asks.items():
+            alike.setdefault(_asked(ask), []).append(name)
+        said = [f"{'each stage' if len(alike) == 1 else ', '.join(names)}: {ask}" for ask, names in alike.items()]
+        lines += options.hang([("on the cluster:", "; ".join(said))])
     if later := ", ".join(f"{what} {options.duration(plan[key])}" for what, key in _LATER.items() if plan[key]):
         lines.append(f"then {later}")
     lines += options.hang([("merges:", f"{', '.join(plan['merge'])}; about {options.size(plan['disk_bytes'])} of disk")])
     return lines
+
+
+def _asked(ask: dict[str, float]) -> str:
+    parts = [f"{ask[key]:g} {name}{'s' * (ask[key] != 1)}" for key, name in (("gpus", "GPU"), ("cpus", "CPU")) if ask[key]]
+    return ", ".join(parts + [options.size(ask["memory"])] * bool(ask["memory"])) or "nothing"
 
 
 @click.group()

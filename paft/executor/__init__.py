@@ -72,6 +72,15 @@ class Executor:
         cores = (smallest("CPU") or {}).get("CPU", 1)
         return Ask(cpus=min(1, cores) if size < SMALL else cores, memory=int(_IMPORTS + 2 * size))
 
+    def check(self, asks: Mapping[str, Ask]) -> None:
+        """ResourceError where no node could ever run one of these jobs; better asked before the first than before the last."""
+        if self.spreads:
+            from paft.executor.cluster import check_fits
+
+            self.join()
+            for name, ask in asks.items():
+                check_fits(name, ask)
+
     def room_for(self, size: int) -> int:
         """How many jobs over a model of ``size`` bytes the cluster can run at once; at least one."""
         from paft.executor.cluster import room_for

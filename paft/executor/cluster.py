@@ -41,6 +41,7 @@ def connect(address: str | None, *, quiet: bool = False) -> None:
         _check_listens(address)
     if ray.is_initialized():
         return
+    address = _alive(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _init(address)
@@ -71,6 +72,22 @@ def _init(address: str | None) -> None:
         why = "" if isinstance(error, ConnectionError) else f": {first_line(error)}"
         raise ResourceError(said + why, hint="`ray start --head` starts one; one with a token wants RAY_AUTH_MODE=token and "
                             "RAY_AUTH_TOKEN_PATH=FILE") from error
+
+
+def _alive(address: str | None) -> str | None:
+    """``address``, unless that leads to the last cluster of this machine, and it has ended: Ray would wait for it for ever."""
+    said, room = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    file = Path(room, "ray", "ray_current_cluster")
+    last = said or (file.read_text().strip() if file.is_file() else "")
+    if address not in (None, "auto") or not last.rpartition(":")[2].isdigit():
+        return address
+    try:
+        _check_listens(last)
+    except PaftError:
+        if said or address:
+            raise
+        return "local"
+    return address
 
 
 def _check_listens(address: str) -> None:
