@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paft.adapter import read_adapter
 from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError, UsageError
-from paft.store import Bucket, Store, fetched, is_url
+from paft.store import NOTE, Bucket, Store, fetched, is_url
 from paft.store.artefacts import LIST
 from paft.store.cache import home
 
@@ -68,6 +68,21 @@ def test_a_changed_artefact_replaces_the_old_one(url: str, monkeypatch: pytest.M
     monkeypatch.setenv("PAFT_CACHE", str(first))
     assert store.pull("a") and files_in(store.here / "a") == changed
     assert {name for name in store.bucket.files() if name != f"a/{LIST}"} == {f"a/{name}" for name in changed}
+
+
+def test_a_removed_artefact_leaves_nothing_but_the_note_of_the_driver(url: str) -> None:
+    """Nor the empty directories of a disk, one of which lost its files before."""
+    store = Store(url)
+    write(store.here / "a", FILES)
+    store.push("a")
+    (store.here / "a/deep/in/side.txt").unlink()
+    store.push("a")
+    store.bucket.write(f"a/{NOTE}", b"{}")
+    store.remove("a")
+    assert list(store.bucket.files()) == [f"a/{NOTE}"] and store.stands() and not (store / "a").stands()
+    store.bucket.inside("a").remove(NOTE)
+    store.remove("a")
+    assert not store.bucket.files() and (not url.startswith("file") or not Path(url.removeprefix("file://"), "a").exists())
 
 
 def test_what_is_here_is_neither_fetched_nor_written_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

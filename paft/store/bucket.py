@@ -121,11 +121,12 @@ class Bucket:
             self.remove(name)
 
     def tidy(self) -> None:
-        """Remove the directory, where it is one of a disk and empty."""
+        """Remove the directory, where it is one of a disk and no file is in it."""
         fs, root = self._opened
-        if _is_disk(fs):
-            with suppress(OSError):
-                os.rmdir(root)
+        if _is_disk(fs) and not self.files():
+            for path, _, _ in os.walk(root, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(path)
 
     @contextmanager
     def _told(self, name: str) -> Iterator[tuple[Any, str]]:
