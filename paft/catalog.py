@@ -8,6 +8,7 @@ from typing import Any
 
 from paft.errors import NotFoundError, UsageError, did_you_mean
 from paft.recipe import KINDS
+from paft.store import fetched, is_url
 from paft.yamlfile import read_yaml
 
 
@@ -24,10 +25,12 @@ def catalog() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """A recipe by path or by shipped name; NotFoundError with a did-you-mean otherwise."""
+    """A recipe by path, by URL or by shipped name; NotFoundError with a did-you-mean otherwise."""
     path = Path(name)
     if os.path.isfile(path):
         return path
+    if is_url(name):
+        return fetched(name)
     known = catalog()
     if name in known:
         return known[name]

@@ -33,7 +33,7 @@ from paft.runjob import Run, base_size
 from paft.runmerge import merge_all
 from paft.runplan import check, stage_recipe, tasks_of
 from paft.runstore import ADAPTERS, MERGES, check_free, clear, fetch, publish, staged
-from paft.store import Store, sole
+from paft.store import Store, check_sole, sole
 from paft.tasks import Harness
 from paft.train.interleave import Seat, Turn, interleave
 from paft.train.stage import start_model, train
@@ -95,6 +95,8 @@ def _execute(job: Run, harness: Harness | None, started: float) -> dict[str, Any
                               wall_s=round(time.monotonic() - started, 1))
     report = write_report(out, recipe, scores, {name: sparsity(read_adapter(job.adapter(name))) for name in recipe.train},
                           wall_s=round(time.monotonic() - started, 1))
+    if job.store:
+        check_sole(job.store.bucket)
     publish(job)
     return report
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
+import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -138,20 +136,32 @@ def test_a_cluster_that_is_not_there(capsys: Capture, tmp_path: Path) -> None:
     assert refused([*line[:-2], "--address", "auto"], capsys)[0] == 2
 
 
-def test_a_cluster_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_cluster_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray notes the last one of a machine, and waits for it whether or not it is there."""
-    room = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # the names of Ray's sockets are limited
-    env = {**os.environ, "RAY_TMPDIR": str(room)}
-    (room / "ray").mkdir()
-    (room / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
-    line = [sys.executable, "-m", "paft", "run", "demo", "--dry-run", "-o", str(tmp_path / "out"), "--executor", "ray"]
-    try:
-        auto = subprocess.run([*line, "--address", "auto"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert auto.returncode == 5 and auto.stderr.startswith("error: no Ray cluster answers at 127.0.0.1:1")
-        own = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert own.returncode == 0 and "ray: 1 node, " in own.stderr and "on the cluster: " in own.stdout
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+    from ray._private import services
+
+    from paft.executor.cluster import _alive
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with socket.socket() as alive:
+        alive.bind(("127.0.0.1", 0))
+        alive.listen()
+        here, gone = f"127.0.0.1:{alive.getsockname()[1]}", "127.0.0.1:1"
+        monkeypatch.setattr(services, "find_gcs_addresses", lambda: {gone, here})
+        assert [_alive(each) for each in (None, "auto", "local", gone)] == [None, "auto", "local", gone]
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(gone)
+        assert [_alive(each) for each in (None, "auto", "local")] == [here, here, "local"]
+        monkeypatch.setattr(services, "find_gcs_addresses", set)
+        assert _alive(None) == "local"  # as where there was none
+        with pytest.raises(ResourceError, match=f"no Ray cluster answers at {gone}"):
+            _alive("auto")
+        monkeypatch.setenv("RAY_ADDRESS", gone)
+        with pytest.raises(ResourceError, match=f"no Ray cluster answers at {gone}"):
+            _alive(None)
+        monkeypatch.setenv("RAY_ADDRESS", here)
+        assert _alive(None) is None
 
 
 def test_without_ray_one_line_says_what_to_install(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from paft.executor import Executor
 from paft.recipe import RunRecipe
 from paft.runjob import Run
 from paft.runstore import publish, staged
-from paft.store import Store
+from paft.store import Store, lease
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,7 +95,8 @@ def test_seeds_behind_a_url_are_compared_anywhere(tiny_base: Path, tmp_path: Pat
     assert json.loads(capsys.readouterr().out)["rows"] == here["rows"]
 
 
-def test_a_machine_that_is_lost_has_left_its_last_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_machine_that_is_lost_has_left_its_last_checkpoint(tiny_base: Path, tmp_path: Path, capsys: Capture,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     url, partial = f"file://{tmp_path}/bucket", "adapters/both.partial"
     recipe = recipe_of(tmp_path, tiny_base, max_steps=400, save_strategy="steps", save_steps=5)
     line = [sys.executable, "-m", "paft", "run", recipe, "--workers", "1", "--resume", "--set", "evaluate.rows=2",
@@ -112,9 +113,11 @@ def test_a_machine_that_is_lost_has_left_its_last_checkpoint(tiny_base: Path, tm
         os.killpg(command.pid, signal.SIGKILL)
         command.communicate()
     shutil.rmtree(tmp_path / "lost")
-    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "PAFT_CACHE": str(tmp_path / "two")}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step" in done.stderr and done.stderr.count("kept") == 2
+    monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "two"))
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
+    capsys.readouterr()
+    code, said = invoke(line[3:]), capsys.readouterr().err
+    assert code == 0 and "resuming at step" in said and said.count("kept") == 2, said
     assert "adapters/both" in Store(url).names() and partial not in Store(url).names()
 
 

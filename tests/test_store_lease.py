@@ -74,6 +74,48 @@ def test_one_who_was_overtaken_ends(bucket: Bucket) -> None:
     assert json.loads(bucket.read(NOTE))["id"] == "another"  # it stays whose it is
 
 
+def test_one_who_slept_does_not_go_on_over_what_another_has_finished(bucket: Bucket) -> None:
+    """The other's note has gone with it."""
+    with pytest.raises(MismatchError, match="it has ended since"), sole(bucket):
+        bucket.remove(NOTE)
+        bucket.write("finished", b"by the other")
+        for _ in range(600):
+            time.sleep(0.05)
+    assert list(bucket.files()) == ["finished"]
+
+
+OVERTAKEN = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor, wait
+from paft.store import *
+from paft.store import lease
+from paft.cli import _interrupt
+import signal
+signal.signal(signal.SIGTERM, _interrupt)
+lease.BEAT = lease.SETTLE = 0.05
+bucket = Bucket(sys.argv[1])
+with sole(bucket), ThreadPoolExecutor(1) as pool:
+    bucket.write(NOTE, b'{"id": "x", "who": "the other"}')
+    print("waits", flush=True)
+    wait([pool.submit(time.sleep, 3)])
+    time.sleep(60)
+print("success")
+"""
+
+
+@pytest.mark.parametrize("start", [[], ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]], ids=["", "without Ctrl-C"])
+def test_one_who_was_overtaken_ends_wherever_it_waits(start: list[str], bucket: Bucket) -> None:
+    done = subprocess.run([*start, sys.executable, "-c", OVERTAKEN, bucket.url], cwd=ROOT, capture_output=True, text=True,
+                          timeout=50)
+    assert done.returncode == 1 and done.stdout == "waits\n" and "another process writes" in done.stderr
+
+
+def test_one_who_finds_out_at_the_end_fails_too(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 60.0)
+    with pytest.raises(MismatchError, match="another process writes"), sole(bucket):
+        bucket.write(NOTE, b'{"id": "x"}')
+
+
 def test_a_repository_of_the_hub_gets_no_commits_from_it() -> None:
     with sole(Bucket("hf://datasets/nobody/nothing")):  # nothing is asked, or it would fail offline
         pass

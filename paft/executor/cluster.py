@@ -75,19 +75,36 @@ def _init(address: str | None) -> None:
 
 
 def _alive(address: str | None) -> str | None:
-    """``address``, unless that leads to the last cluster of this machine, and it has ended: Ray would wait for it for ever."""
-    said, room = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    file = Path(room, "ray", "ray_current_cluster")
-    last = said or (file.read_text().strip() if file.is_file() else "")
-    if address not in (None, "auto") or not last.rpartition(":")[2].isdigit():
+    """``address``; for one that is not said, None where Ray would wait for ever for the last cluster here, which has ended."""
+    if address not in (None, "auto"):
+        return address
+    if said := os.environ.get("RAY_ADDRESS"):
+        if said.rpartition(":")[2].isdigit() and "://" not in said:
+            _check_listens(said)
         return address
     try:
-        _check_listens(last)
+        from ray._private import services
+
+        noted, running = services.find_bootstrap_address(None), services.find_gcs_addresses()
+    except (ImportError, AttributeError, OSError):  # Ray's own, which may change
+        return address
+    if not noted or not noted.rpartition(":")[2].isdigit() or _listens(noted):
+        return address
+    running = [one for one in running if _listens(one)]
+    if len(running) == 1:
+        return running[0]
+    if address:
+        raise ResourceError(f"no Ray cluster answers at {noted}, where the last one of this machine was",
+                            hint="`ray start --head` starts one")
+    return "local"
+
+
+def _listens(address: str) -> bool:
+    try:
+        _check_listens(address)
     except PaftError:
-        if said or address:
-            raise
-        return "local"
-    return address
+        return False
+    return True
 
 
 def _check_listens(address: str) -> None:

@@ -127,13 +127,14 @@ def _make_there(job: Job, there: There, progress: Progress | None, executor: Exe
     if resume and not overwrite and there.is_whole():
         known = _known_already(job, fetched(name, weights=False), executor.quiet, name)
         if known:
+            there.tidy()
             return {**known, "check": None}
     fits(job, there.store)
     executor.join()
     with there.making(overwrite=overwrite, resume=resume, quiet=executor.quiet) as scratch:
         job = job.with_trims(counting(job, there.room, executor))
         report = _write(job, scratch, _Steps(progress, len(job.inputs.base.entries)), executor, there)
-        report["check"] = there.check(scratch, report["bytes"]["written"], check)
+        report["check"] = there.check(scratch, check)
     return report
 
 

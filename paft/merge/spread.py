@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 
 from paft.checkpoint import Checkpoint, Entry
 from paft.delta import Tiled
-from paft.errors import MismatchError, PaftError, ResourceError
+from paft.errors import MismatchError, NotFoundError, PaftError, ResourceError, UsageError
 from paft.executor import Ask, Executor
 from paft.merge.check import SMALL, check_model
 from paft.merge.estimate import working
@@ -39,10 +39,10 @@ from paft.merge.shards import RECORD, Shards
 from paft.merge.tally import Tally
 from paft.merge.writer import Read, Written, write_tensors
 from paft.parallel import Done
-from paft.store import NOTE, Blob, Store, sole
+from paft.store import NOTE, Blob, Store, check_sole, is_lost, sole
 from paft.store.artefacts import LIST
 from paft.store.cache import digest_of
-from paft.target import claim
+from paft.target import claim, no_room
 
 _THERE = "there.json"
 
@@ -68,38 +68,63 @@ class There:
     def making(self, *, overwrite: bool, resume: bool, quiet: bool = False) -> Iterator[Path]:
         """A directory of this machine for all but the weights, which goes behind the URL at the end.
 
-        An error leaves nothing there; with ``resume`` an interrupt, and what may be over soon, leave the finished files.
+        An error leaves nothing there; with ``resume`` all but a MismatchError or UsageError leave the finished files.
         """
-        with sole(self.store.bucket, quiet=quiet):
-            if overwrite:
-                self._remove()
-            elif not self._is_free(resume):
+        with ExitStack() as stack:
+            stack.enter_context(sole(self.store.bucket, quiet=quiet))
+            stack.callback(self._leave)
+            room = stack.enter_context(claim(self.store.here / "model"))
+            if not overwrite and not self._is_free(resume):
                 raise MismatchError(f"{self.store} is not empty", hint="choose another -o URL, or pass --overwrite")
             try:
-                with claim(self.store.here / "model") as room:
-                    scratch = room / "model"
-                    scratch.mkdir()
-                    self._fetch(room)
-                    yield scratch
-                    self._finish(scratch)
+                if overwrite:
+                    self._remove()
+                scratch = room / "model"
+                scratch.mkdir()
+                self._begin(room)
+                yield scratch
+                check_sole(self.store.bucket)
+                self._finish(scratch)
             except BaseException as error:
-                if not (resume and isinstance(error, KeyboardInterrupt | ResourceError)):
-                    with suppress(PaftError):
-                        self._remove()
+                self._end(error, resume)
                 raise
             finally:
-                shutil.rmtree(self.store.here, ignore_errors=True)
+                for each in (*self.store.here.iterdir(), self.room.here):
+                    if each != room:
+                        shutil.rmtree(each, ignore_errors=True)
+
+    def _leave(self) -> None:
+        with suppress(OSError):  # another process of this machine has its claim there
+            self.store.here.rmdir()
 
     def _is_free(self, resume: bool) -> bool:
         return not self.store.stands() or (resume and self.room.bucket.has(RECORD))
 
-    def _fetch(self, room: Path) -> None:
-        """What an earlier driver has recorded."""
-        if self.room.bucket.has(RECORD) and self.room.bucket.has(_THERE):
-            self.room.bucket.get(RECORD, room / RECORD)
-            with suppress(ValueError, TypeError, AttributeError):
-                self.files = {name: (about[0], about[1], about[2])
-                              for name, about in json.loads(self.room.bucket.read(_THERE)).items()}
+    def _begin(self, room: Path) -> None:
+        """What an earlier driver has recorded, or a record of nothing: from here on ``resume`` knows whose the files are."""
+        if not self.room.bucket.has(RECORD):
+            self.room.bucket.write(RECORD, b"{}")
+            return
+        self.room.bucket.get(RECORD, room / RECORD)
+        with suppress(NotFoundError, ValueError, TypeError, AttributeError, IndexError):
+            self.files = {name: (about[0], about[1], about[2])
+                          for name, about in json.loads(self.room.bucket.read(_THERE)).items()}
+
+    def _end(self, error: BaseException, resume: bool) -> None:
+        """After an error: the finished files stay, or nothing does; but what has become another's is let alone."""
+        with suppress(PaftError):
+            check_sole(self.store.bucket)
+        if is_lost(self.store.bucket):
+            return
+        if not self.files or not resume or isinstance(error, MismatchError | UsageError):
+            with suppress(PaftError):
+                self._remove()
+        elif isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; what is finished of {self.store} is kept there",
+                                    "the same command with --resume goes on") from None
+        if full := no_room(error):
+            raise ResourceError(f"{full} while writing {self.store}", hint="make room, also on the workers; "
+                                + ("the same command with --resume goes on" if resume else "nothing was kept")) from error
 
     def is_whole(self) -> bool:
         return self.store.bucket.has(LIST)
@@ -117,23 +142,28 @@ class There:
 
     def put(self, file: str, sha256: str, record: Path) -> None:
         """A worker has put a file there."""
-        blob = self.store.bucket.files()[file]
+        blob = self.store.bucket.about(file)
         self.files[file] = (sha256, blob.size, blob.key)
         self.room.bucket.write(_THERE, json.dumps(self.files).encode())
         self.room.bucket.put(record, RECORD)
 
     def _finish(self, scratch: Path) -> None:
-        self.store.bucket.remove(self.room.apart()[1])
         parent, name = self.store.apart()
         parent.push(name, scratch, {file: about[0] for file, about in self.files.items()})
+        self.tidy()
+
+    def tidy(self) -> None:
+        """The model is whole: what it was made by goes."""
+        with suppress(PaftError):
+            self.store.bucket.remove(self.room.apart()[1])
 
     def _remove(self) -> None:
         parent, name = self.store.apart()
         parent.remove(name)
 
-    def check(self, scratch: Path, size: int, check: bool | None) -> dict[str, Any] | None:
+    def check(self, scratch: Path, check: bool | None) -> dict[str, Any] | None:
         """`check_model`, for which the weights of a small model come here."""
-        if check is False or (check is None and size > SMALL):
+        if check is False or (check is None and sum(size for _, size, _ in self.files.values()) > SMALL):
             return None
         try:
             for name in self.files:

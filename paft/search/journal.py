@@ -9,16 +9,16 @@ The driver's machine is the only one that writes the file, so no lock is needed 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
-from paft.errors import MismatchError
+from paft.errors import MismatchError, PaftError
 from paft.executor.desk import Desk
-from paft.store import Store, following
+from paft.store import Store, following, is_lost
 
 SUFFIX = ".journal"
 Record = dict[str, Any]
@@ -65,22 +65,31 @@ def journal_of(out: Store, *, resume: bool) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     if not resume:
         file.unlink(missing_ok=True)
-    if there is not None and not (file.is_file() and file.read_bytes().startswith(there)):
-        file.write_bytes(there)
-    send = partial(_send, store, name, file)
+    here = _lines(file)
+    if there is not None and not here.startswith(there):
+        here = there
+    if here:
+        file.write_bytes(here)  # without a line that a full disk has cut
+    send = partial(_send, out, store, name, file)
     try:
         with following(send):
             yield file
-    finally:
-        send(None)
+    except BaseException:
+        with suppress(PaftError, OSError):  # what stopped it is what is told
+            send(None)
+        raise
+    send(None)
 
 
-def _send(store: Store, name: str, file: Path, last: int | None) -> int | None:
-    """The whole lines of the journal, if there are more than the ``last`` time; returns how many bytes are there."""
-    if not file.is_file():
-        return None
-    held = file.read_bytes()
-    held = held[: held.rfind(b"\n") + 1]
-    if len(held) != last:
+def _lines(file: Path) -> bytes:
+    """The whole lines of a journal."""
+    held = file.read_bytes() if file.is_file() else b""
+    return held[: held.rfind(b"\n") + 1]
+
+
+def _send(out: Store, store: Store, name: str, file: Path, last: int | None) -> int | None:
+    """Put the journal behind the URL, if it has grown since the ``last`` time; returns how many bytes are there."""
+    held = _lines(file)
+    if held and len(held) != last and not is_lost(out.bucket):
         store.bucket.write(name, held)
     return len(held)

@@ -108,13 +108,13 @@ def _search(asked: _Asked, target: _Target, executor: Executor, workers: int | N
 
     check_load(inputs.base.path, dtype=asked.plan.dtype)
     study = asked.study(inputs, space, target.study, resume=resume, name=target.name)
-    if executor.spreads and len(complete(study)) < asked.trials:
-        size = sum(entry.nbytes for entry in inputs.base.entries.values())
-        names = [f"{target.out.name}-{number}" for number in range(1, 1 + (workers or executor.room_for(size)))]
-        executor.graph(dict.fromkeys(names), partial(_join, asked, _reached(target)), workers=0,
-                       done=lambda name, result: None, room=target.logs, asks=dict.fromkeys(names, executor.ask(size)))
-    bench = _bench(asked.plan, inputs)
     try:
+        if executor.spreads and len(complete(study)) < asked.trials:
+            size = sum(entry.nbytes for entry in inputs.base.entries.values())
+            names = [f"{target.out.name}-{number}" for number in range(1, 1 + (workers or executor.room_for(size)))]
+            executor.graph(dict.fromkeys(names), partial(_join, asked, _reached(target)), workers=0,
+                           done=lambda name, result: None, room=target.logs, asks=dict.fromkeys(names, executor.ask(size)))
+        bench = _bench(asked.plan, inputs)
         _try(bench, space, study, asked.trials, quiet=quiet)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"interrupted; {len(complete(study))} finished trials are kept in {target.name}",

@@ -17,6 +17,8 @@ from paft.store.bucket import is_url as is_url
 from paft.store.cache import fetched as fetched
 from paft.store.follow import following as following
 from paft.store.lease import NOTE as NOTE
+from paft.store.lease import check_sole as check_sole
+from paft.store.lease import is_lost as is_lost
 from paft.store.lease import sole as sole
 from paft.store.ranged import KEPT as KEPT
 from paft.store.ranged import Ranged as Ranged

@@ -25,7 +25,7 @@ from typing import Any
 from paft.errors import MismatchError, PaftError, UsageError
 from paft.store.bucket import Bucket, is_inside, is_url
 from paft.store.cache import WEIGHTS, digest_of, held, home, keep, lay
-from paft.store.lease import NOTE, sole
+from paft.store.lease import NOTE, check_sole, sole
 
 LIST = ".paft-files.json"
 
@@ -163,6 +163,7 @@ def making(out: Store, *, overwrite: bool, resume: bool, dry_run: bool = False, 
 def _send(store: Store, name: str, out: Store, overwrite: bool) -> None:
     place = store.here / name
     try:
+        check_sole(out.bucket)
         if overwrite or not out.bucket.has(LIST):  # of what is listed only the difference goes
             store.remove(name)
         store.push(name, place)

@@ -107,6 +107,13 @@ class Bucket:
             fs.invalidate_cache()
             return fs.exists(f"{root}/{name}")
 
+    def about(self, name: str) -> Blob:
+        """Size and key of one file, as `files` has them."""
+        with self._told(name) as (fs, root):
+            fs.invalidate_cache()
+            info = fs.info(f"{root}/{name}")
+            return Blob(int(info["size"]), _key(info))
+
     def remove(self, name: str) -> None:
         """A file, or all below a name, if it is there."""
         with self._told(name) as (fs, root):
