@@ -23,6 +23,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
+from paft.store.cache import home
+
 ROOM = 5e9  # bytes: a 1.1B base in bfloat16 and its merge
 PATIENCE = 5.0  # seconds that the hub has to answer
 ANSWERS = (*range(200, 400), 401, 404, 405, 429)  # any other status is a proxy's, or trouble
@@ -41,8 +43,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order of the list above; it takes as long as importing torch and TRL, and at most `PATIENCE` more."""
-    return [python(), *packages(), *imports(), torch_build(), memory(), disk("HF_HOME", cache()), disk("temporary", scratch()),
-            hub(), quantisation()]
+    return [python(), *packages(), *imports(), torch_build(), memory(), disk("HF_HOME", cache()),
+            disk("PAFT_CACHE", home(), held(home())), disk("temporary", scratch()), hub(), quantisation()]
 
 
 def cache() -> Path:
@@ -50,6 +52,13 @@ def cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME)
+
+
+def held(path: Path) -> str:
+    """How much was fetched from URLs, for somebody who wants the room; a file of two names counts once."""
+    found = {(stat.st_dev, stat.st_ino): stat.st_size for file in path.rglob("*") if file.is_file() and (stat := file.stat())}
+    total = sum(found.values())
+    return f", {total / 1e9:.1f} GB held: may be deleted when nothing runs" if total >= 1e8 else ""
 
 
 def scratch() -> Path:
@@ -155,7 +164,7 @@ def memory() -> Finding:
                    None if free > 2e9 else "even the demo needs about 1 GB: end other programs")
 
 
-def disk(name: str, path: Path) -> Finding:
+def disk(name: str, path: Path, more: str = "") -> Finding:
     """Can it be written to, and is there room for a model?"""
     place = next(each for each in (path, *path.parents) if each.exists())
     free = shutil.disk_usage(place).free
@@ -163,8 +172,8 @@ def disk(name: str, path: Path) -> Finding:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         said = f"{path}: {(error.strerror or str(error)).lower()}"
-        return Finding(name, "fail", said, "point it at a directory you may write to (TMPDIR, HF_HOME)")
-    return Finding(name, "ok" if free > ROOM else "note", f"{path}: {free / 1e9:.1f} GB free",
+        return Finding(name, "fail", said, "point it at a directory you may write to (TMPDIR, HF_HOME, PAFT_CACHE)")
+    return Finding(name, "ok" if free > ROOM else "note", f"{path}: {free / 1e9:.1f} GB free{more}",
                    None if free > ROOM else f"less than {ROOM / 1e9:.0f} GB: point it at a larger disk")
 
 

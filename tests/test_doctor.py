@@ -92,6 +92,15 @@ def test_a_disk_is_judged_by_room_and_by_a_file(tmp_path: Path, monkeypatch: pyt
     assert doctor.disk("HF_HOME", tmp_path).state == "note"
 
 
+def test_what_was_fetched_is_counted_once(tmp_path: Path) -> None:
+    assert doctor.held(tmp_path / "none") == "" == doctor.held(tmp_path)
+    with (tmp_path / "object").open("wb") as file:
+        file.truncate(1 << 31)  # of which nothing is on the disk
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "fetched" / "model.safetensors").hardlink_to(tmp_path / "object")
+    assert doctor.held(tmp_path).startswith(", 2.1 GB held")
+
+
 def test_the_command_fits_the_terminal_and_says_what_next(capsys: Capture) -> None:
     assert invoke(["doctor"]) == 0
     out = capsys.readouterr().out

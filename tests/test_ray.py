@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -134,34 +133,6 @@ def test_a_cluster_that_is_not_there(capsys: Capture, tmp_path: Path) -> None:
     assert refused([*line, "--address", "nonsense"], capsys)[0] == 2
     assert refused([*line, "--share-base"], capsys)[0] == 2
     assert refused([*line[:-2], "--address", "auto"], capsys)[0] == 2
-
-
-def test_a_cluster_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray notes the last one of a machine, and waits for it whether or not it is there."""
-    from ray._private import services
-
-    from paft.executor.cluster import _alive
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with socket.socket() as alive:
-        alive.bind(("127.0.0.1", 0))
-        alive.listen()
-        here, gone = f"127.0.0.1:{alive.getsockname()[1]}", "127.0.0.1:1"
-        monkeypatch.setattr(services, "find_gcs_addresses", lambda: {gone, here})
-        assert [_alive(each) for each in (None, "auto", "local", gone)] == [None, "auto", "local", gone]
-        (tmp_path / "ray").mkdir()
-        (tmp_path / "ray" / "ray_current_cluster").write_text(gone)
-        assert [_alive(each) for each in (None, "auto", "local")] == [here, here, "local"]
-        monkeypatch.setattr(services, "find_gcs_addresses", set)
-        assert _alive(None) == "local"  # as where there was none
-        with pytest.raises(ResourceError, match=f"no Ray cluster answers at {gone}"):
-            _alive("auto")
-        monkeypatch.setenv("RAY_ADDRESS", gone)
-        with pytest.raises(ResourceError, match=f"no Ray cluster answers at {gone}"):
-            _alive(None)
-        monkeypatch.setenv("RAY_ADDRESS", here)
-        assert _alive(None) is None
 
 
 def test_without_ray_one_line_says_what_to_install(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
