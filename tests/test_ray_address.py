@@ -11,7 +11,7 @@ from paft.errors import ResourceError
 from paft.executor.cluster import _alive
 
 pytest.importorskip("ray")
-from ray._private import services  # noqa: E402
+from ray._private import services
 
 
 def test_a_cluster_that_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
