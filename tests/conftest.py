@@ -148,3 +148,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PAFT_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
     ranged._block.cache_clear()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers of URLs that see each other in a second."""
+    from paft.store import lease
+
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
+    monkeypatch.setattr(lease, "SETTLE", 0.05)

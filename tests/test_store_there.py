@@ -14,15 +14,8 @@ from paft.store.artefacts import LIST
 from paft.store.bucket import Blob
 from paft.target import claim
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("cache", "impatient")
 FILE, SHA = "model-1.safetensors", "0" * 64
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "BEAT", 0.05)
-    monkeypatch.setattr(lease, "PATIENCE", 0.5)
-    monkeypatch.setattr(lease, "SETTLE", 0.01)
 
 
 @pytest.fixture
@@ -94,7 +87,8 @@ def test_an_error_at_the_end_loses_no_record(store: Store, monkeypatch: pytest.M
     assert There(store).is_whole()
 
 
-def test_what_another_driver_has_there_is_let_alone(store: Store) -> None:
+def test_what_another_driver_has_there_is_let_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 60.0)  # it is found out at the end, and no renewal writes over the other's note
     there = There(store)
     with pytest.raises(MismatchError, match="the other"), there.making(overwrite=False, resume=False) as scratch:
         one(there, scratch)

@@ -75,7 +75,9 @@ def _init(address: str | None) -> None:
 
 
 def _alive(address: str | None) -> str | None:
-    """``address``; for one that is not said, None where Ray would wait for ever for the last cluster here, which has ended."""
+    """``address``, or where none is said and the last cluster of this machine has ended, for which Ray would wait for ever, the
+    one that runs here, or ``local``. ResourceError where ``auto`` or RAY_ADDRESS finds none.
+    """
     if address not in (None, "auto"):
         return address
     if said := os.environ.get("RAY_ADDRESS"):

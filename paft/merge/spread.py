@@ -44,7 +44,7 @@ from paft.store.artefacts import LIST
 from paft.store.cache import digest_of
 from paft.target import claim, no_room
 
-_THERE = "there.json"
+_WORK, _THERE = ".work", "there.json"
 
 
 @dataclass
@@ -62,7 +62,7 @@ class There:
     @property
     def room(self) -> Store:
         """What is there until the model is whole."""
-        return self.store / ".work"
+        return self.store / _WORK
 
     @contextmanager
     def making(self, *, overwrite: bool, resume: bool, quiet: bool = False) -> Iterator[Path]:
@@ -138,7 +138,7 @@ class There:
     def keep(self, files: Collection[str]) -> None:
         """Of what is there only these stay: the others are of a file that was begun, or of another merge."""
         self.files = {name: about for name, about in self.files.items() if name in files}
-        self.store.bucket.clear(NOTE, self.room.apart()[1], *self.files)
+        self.store.bucket.clear(NOTE, _WORK, *self.files)
 
     def put(self, file: str, sha256: str, record: Path) -> None:
         """A worker has put a file there."""
@@ -155,7 +155,7 @@ class There:
     def tidy(self) -> None:
         """The model is whole: what it was made by goes."""
         with suppress(PaftError):
-            self.store.bucket.remove(self.room.apart()[1])
+            self.store.bucket.remove(_WORK)
 
     def _remove(self) -> None:
         parent, name = self.store.apart()

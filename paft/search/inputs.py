@@ -12,24 +12,29 @@ from paft.evaluate import Held
 from paft.provenance import MANIFEST, read_manifest
 from paft.recipe import RunRecipe, load, validate
 from paft.search.search import Plan
-from paft.store import Store, fetched, is_url
+from paft.store import Bucket, Store, fetched, is_url
 
 Rows = list[data.Row]
 
 
 def run_of(name: str) -> tuple[RunRecipe, Path | Store] | None:
     """The run that ``name`` is, and where: a finished run's directory or URL, or a recipe (then merges/NAME)."""
-    path, place = Path(name), Store(name) if is_url(name) else Path(name)
-    if isinstance(place, Store) and not place.bucket.has(MANIFEST):
-        return None
-    if isinstance(place, Store) or path.is_dir():
-        manifest = read_manifest(fetched(name, [MANIFEST]) if isinstance(place, Store) else place)
-        known = manifest is not None and manifest.get("recipe", {}).get("kind") == "run"
-        return (validate(RunRecipe, manifest["recipe"]), place) if manifest and known else None
+    path = Path(name)
+    if is_url(name):
+        return _made(Store(name), fetched(name, [MANIFEST])) if Bucket(name).has(MANIFEST) else None
+    if path.is_dir():
+        return _made(path, path)
     if not (path.is_file() or name in catalog()) or kind_of(find(name)) != "run":
         return None
     recipe = load(RunRecipe, find(name))
     return recipe, Path("merges") / recipe.name
+
+
+def _made(place: Path | Store, here: Path) -> tuple[RunRecipe, Path | Store] | None:
+    """The run that is at ``place``, if it is one, by its manifest ``here``."""
+    manifest = read_manifest(here)
+    known = manifest is not None and manifest.get("recipe", {}).get("kind") == "run"
+    return (validate(RunRecipe, manifest["recipe"]), place) if manifest and known else None
 
 
 def plan_run(recipe: RunRecipe, place: Path | Store, stages: Sequence[str] | None, *, rows: int | None = None,

@@ -83,16 +83,20 @@ class _Lease:
     beat: int = 0
     lost: dict[str, Any] | None = None  # whose the note has become; {} where it has gone
     stop: threading.Event = field(default_factory=threading.Event)
+    lock: Any = field(default_factory=threading.RLock)  # one looks at the note, or renews it
 
     def read(self) -> dict[str, Any] | None:
         """The note that is there; {} for one that is no note."""
-        try:
-            found = json.loads(self.bucket.read(NOTE))
-        except NotFoundError:
-            return None
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+        for _ in range(3):  # on a disk one can be read while it is written
+            try:
+                found = json.loads(self.bucket.read(NOTE))
+            except NotFoundError:
+                return None
+            except ValueError:
+                time.sleep(0.05)
+                continue
+            return found if isinstance(found, dict) else {}
+        return {}
 
     def write(self) -> None:
         self.beat += 1
@@ -123,13 +127,14 @@ class _Lease:
 
     def look(self) -> None:
         """Whether the note is ours still; from when it is not, for good."""
-        if self.lost is None and not self.is_ours(now := self.read()):
-            self.lost = now or {}
+        with self.lock:
+            if self.lost is None and not self.is_ours(now := self.read()):
+                self.lost = now or {}
 
     def renew(self, in_main: bool) -> None:
         """In a thread: go on until told, or until another has taken over; then end this process's work."""
         while not self.stop.wait(BEAT):
-            with suppress(PaftError, OSError):  # a service may rest for a while
+            with suppress(PaftError, OSError), self.lock:  # a service may rest for a while
                 self.look()
                 if self.lost is None:
                     self.write()
